@@ -1,0 +1,192 @@
+"""Who am I among the ranks: process group from torchrun, from srun, or none; and what all ranks must agree on.
+
+    with ranks(config.train) as me:  # me.rank, me.world_size, me.device
+        agree({"config": digest}, me)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+class RankError(RuntimeError):
+    """Ranks do not fit together, or one of them was lost; the message names it."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of the run. local: number on this machine, of local_size."""
+
+    rank: int = 0
+    world_size: int = 1
+    local: int = 0
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def from_environment(environment=os.environ) -> dict[str, int] | None:
+    """Rank, world size and place on this machine from torchrun's variables or, under srun, from SLURM's; None if alone.
+
+    Under srun MASTER_ADDR and MASTER_PORT are filled in: the first host of the job, a port from the job's id.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, world, local, local_size = (int(environment.get(name, 0)) for name in names)
+        return {"rank": rank, "world_size": world, "local": local, "local_size": local_size or world}
+    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if "MASTER_ADDR" not in environment:
+            environment["MASTER_ADDR"] = _first_host(environment["SLURM_STEP_NODELIST"])
+        environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+        per_node = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]
+        return {
+            "rank": int(environment["SLURM_PROCID"]),
+            "world_size": int(environment["SLURM_STEP_NUM_TASKS"]),
+            "local": int(environment["SLURM_LOCALID"]),
+            "local_size": int(per_node),
+        }
+    return None
+
+
+def _first_host(nodelist: str) -> str:
+    found = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    return found.stdout.split()[0]
+
+
+@contextlib.contextmanager
+def ranks(device: str = "auto", threads: int = 0, timeout_seconds: float = 600.0) -> Iterator[Ranks]:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs; none for one rank) and leaves it at the end.
+
+    device: auto, cpu or cuda; threads: of this process on the CPU, 0 for an equal share of the cores.
+    """
+    place = from_environment() or {"rank": 0, "world_size": 1, "local": 0, "local_size": 1}
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if cuda and place["local"] >= torch.cuda.device_count():
+        raise RankError(
+            f"rank {place['rank']} is number {place['local']} on {socket.gethostname()}, which has"
+            f" {torch.cuda.device_count()} GPUs; start at most that many ranks a machine, or use --train.device cpu"
+        )
+    where = torch.device("cuda", place["local"]) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(where)
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores // place["local_size"]))
+    if place["world_size"] > 1:
+        # The watchdog speaks first (it can name the slow rank); the process group's own limit is the net below it.
+        limit = datetime.timedelta(seconds=2 * timeout_seconds + 60)
+        extra = {"device_id": where} if cuda else {}
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", rank=place["rank"], world_size=place["world_size"], timeout=limit, **extra
+        )
+    try:
+        yield Ranks(device=where, **place)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def agree(facts: dict[str, str], me: Ranks) -> None:
+    """Raises RankError on every rank, naming the first fact and rank that differ from rank 0's."""
+    if me.world_size == 1:
+        return
+    every: list = [None] * me.world_size
+    dist.all_gather_object(every, (socket.gethostname(), facts))
+    for rank, (host, theirs) in enumerate(every):
+        for name, value in every[0][1].items():
+            if theirs.get(name) != value:
+                raise RankError(
+                    f"ranks disagree on {name}: rank 0 ({every[0][0]}) has {value}, rank {rank} ({host}) has"
+                    f" {theirs.get(name)}; start every rank with the same command, code and data"
+                )
+
+
+def broadcast(value, me: Ranks):
+    """Rank 0's plain value on every rank."""
+    if me.world_size == 1:
+        return value
+    box = [value if me.first else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier(me: Ranks) -> None:
+    """Returns when every rank has come here."""
+    if me.world_size > 1:
+        dist.barrier()
+
+
+def average_gradients(parameters, me: Ranks) -> None:
+    """Mean over ranks of every gradient, in one collective: what DDP does, for steps that ran outside of it."""
+    if me.world_size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= me.world_size
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def peer_lost(error: BaseException) -> bool:
+    """Whether an error of a collective means that another rank is gone (killed, its machine down), not a fault here."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "NCCL error")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+class Watchdog(threading.Thread):
+    """Names the rank that stalls: every rank tells the store its step; whoever waits too long reads all and stops.
+
+    report: called with the message on the rank that gives up, before the process leaves with status 1. A stalled
+    collective cannot be interrupted from Python, hence os._exit.
+    """
+
+    def __init__(self, me: Ranks, limit_seconds: float, report: Callable[[str], None]):
+        super().__init__(daemon=True, name="watchdog")
+        self.me, self.limit, self.report = me, limit_seconds, report
+        # The rendezvous' store serves one request at a time and blocks: a connection of its own for this thread.
+        self.store = dist.distributed_c10d._get_default_store() if me.world_size > 1 else None
+        self.since: float | None = None  # None: not watching
+        self.stopped = threading.Event()
+
+    def step(self, step: int) -> None:
+        """This rank has begun `step` (global)."""
+        self.since = time.monotonic()
+        if self.store is not None:
+            self.store.set(f"step/{self.me.rank}", str(step))
+
+    def pause(self) -> None:
+        """What comes now (evaluation, saving, compiling) may take longer than a step."""
+        self.since = None
+
+    def run(self) -> None:
+        while not self.stopped.wait(min(5.0, self.limit / 4)):
+            if self.since is not None and time.monotonic() - self.since > self.limit:
+                self.report(self._message())
+                os._exit(1)
+
+    def _message(self) -> str:
+        waited = f"no step finished within train.timeout_seconds={self.limit:g}"
+        if self.store is None:
+            return waited
+        names = [f"step/{rank}" for rank in range(self.me.world_size)]
+        steps = [int(self.store.get(name)) if self.store.check([name]) else -1 for name in names]
+        slowest = min(range(len(steps)), key=steps.__getitem__)
+        return (
+            f"{waited}; rank {slowest} is behind, last seen at step {steps[slowest]} (steps of all ranks:"
+            f" {', '.join(map(str, steps))}); look at that rank's log and machine"
+        )
