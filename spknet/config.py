@@ -11,14 +11,14 @@ import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train_shards: Union[str, list[str], None] = None  # packed data set (folder made by shards.pack), or several
+    train_shards: str | list[str] | None = None  # packed data set (folder made by shards.pack), or several
     train_list: str | None = None  # loose files instead: lines `speaker path`
     train_root: str | None = None  # folder that the paths in train_list start from
     speakers_per_batch: int = 40  # N: distinct speakers of one global batch, over all ranks
@@ -29,7 +29,7 @@ class DataConfig:
     workers: int = 2  # loader processes of each rank; 0 loads in the training process
     cache_dir: str | None = None  # node-local folder that tars are copied to before they are read
     cache_gib: float = 0.0  # size limit of cache_dir in GiB; 0 for none
-    dev_speakers: Union[int, str] = 0  # speakers kept out of training: how many, or a file with one name a line
+    dev_speakers: int | str = 0  # speakers kept out of training: how many, or a file with one name a line
     unite_speakers: bool = False  # equal names in several data sets are one speaker
 
 
@@ -86,7 +86,6 @@ class OptimConfig:
 class TrainConfig:
     epochs: int = 100
     max_steps: int | None = None  # stop after this many steps, whatever the epoch
-    max_minutes: float | None = None  # stop (done, not requeued) after this much training time, evaluation apart
     precision: Literal["float32", "bf16", "fp16", "float64"] = "float32"
     compile: bool = False  # torch.compile the network
     channels_last: bool = False  # memory layout of convolutions
@@ -109,14 +108,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    trials: Union[str, list[str], None] = None  # test lists, reported but never chosen by
+    trials: str | list[str] | None = None  # test lists, reported but never chosen by
     dev_trials: str | None = None  # development list: chooses the best checkpoint
-    shards: Union[str, list[str], None] = None  # packed data sets that hold the trials' utterances, keys as in the lists
-    root: Union[str, list[str], None] = None  # folders that the paths in the lists start from
+    shards: str | list[str] | None = None  # packed data sets that hold the trials' utterances, keys as in the lists
+    root: str | list[str] | None = None  # folders that the paths in the lists start from
     every_epochs: float = 10.0  # epochs between evaluations; the last step is always evaluated; 0: at the end only
     crop_seconds: float = 0.0  # length of an evaluation crop; 0: whole utterances
     crops: int = 1  # crops spread evenly over each utterance
-    score: Literal["cosine", "mean_distance"] = "cosine"  # of mean embeddings, or voxceleb_trainer's mean over crop pairs
+    score: Literal["cosine", "mean_distance"] = (
+        "cosine"  # of mean embeddings, or voxceleb_trainer's mean over crop pairs
+    )
     batch_seconds: float = 60.0  # audio embedded in one forward pass
 
 
@@ -181,8 +182,7 @@ def recipe_path(name: str) -> Path:
 
 def from_dict(values: dict[str, Any]) -> Config:
     """The Config of a nested dict (a checkpoint's `config`, a YAML file already read); types are checked."""
-    parser = _parser()
-    return _instantiate(parser, parser.parse_object(_known(values)))
+    return _build(Config, _parser().parse_object(_known(values)))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -192,9 +192,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def parse(argv: list[str]) -> Config:
     """Config from command-line words. Raises ConfigError; `--help` and `--print_config` print and leave."""
-    parser = _parser()
     argv = [_checked_word(word) for word in _resolved_recipes(argv)]
-    return _instantiate(parser, parser.parse_args(argv))
+    return _build(Config, _parser().parse_args(argv))
 
 
 def _parser():
@@ -208,10 +207,6 @@ def _parser():
     parser.add_argument("--config", action="config", help="a recipe's name or a YAML file")
     parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
     return parser
-
-
-def _instantiate(parser, namespace) -> Config:
-    return parser.instantiate_classes(namespace).as_dict_config() if False else _build(Config, namespace)
 
 
 def _build(cls: type, values: Any) -> Any:
@@ -265,7 +260,9 @@ def _checked_word(word: str) -> str:
 
 
 def _readable(message: str) -> str:
-    unknown = re.search(r"Key '([\w.]+)' (?:is not expected|not found)|unrecognized arguments?: --([\w.]+)", message, re.I)
+    unknown = re.search(
+        r"Key '([\w.]+)' (?:is not expected|not found)|unrecognized arguments?: --([\w.]+)", message, re.I
+    )
     if unknown:
         name = unknown[1] or unknown[2]
         return f"unknown option {name}{nearest(name)}"

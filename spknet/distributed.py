@@ -1,7 +1,7 @@
 """Who am I among the ranks: process group from torchrun, from srun, or none; and what all ranks must agree on.
 
-    with ranks(config.train) as me:  # me.rank, me.world_size, me.device
-        agree({"config": digest}, me)
+with ranks(config.train) as me:  # me.rank, me.world_size, me.device
+    agree({"config": digest}, me)
 """
 
 from __future__ import annotations
@@ -102,10 +102,7 @@ def ranks(device: str = "auto", threads: int = 0, timeout_seconds: float = 600.0
 
 def agree(facts: dict[str, str], me: Ranks) -> None:
     """Raises RankError on every rank, naming the first fact and rank that differ from rank 0's."""
-    if me.world_size == 1:
-        return
-    every: list = [None] * me.world_size
-    dist.all_gather_object(every, (socket.gethostname(), facts))
+    every = gather_objects((socket.gethostname(), facts), me)
     for rank, (host, theirs) in enumerate(every):
         for name, value in every[0][1].items():
             if theirs.get(name) != value:
@@ -122,6 +119,27 @@ def broadcast(value, me: Ranks):
     box = [value if me.first else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value, me: Ranks) -> list:
+    """Every rank's plain value, in rank order, on every rank."""
+    every = [value] * me.world_size
+    if me.world_size > 1:
+        dist.all_gather_object(every, value)
+    return every
+
+
+@contextlib.contextmanager
+def first_rank_only(me: Ranks) -> Iterator[bool]:
+    """`with first_rank_only(me) as first: if first: ...`: returns when rank 0 is done; what it raises, every rank raises."""
+    failure = None
+    try:
+        yield me.first
+    except Exception as error:
+        failure = error
+    failure = broadcast(failure, me)
+    if failure is not None:
+        raise failure
 
 
 def barrier(me: Ranks) -> None:

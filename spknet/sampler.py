@@ -74,7 +74,9 @@ class Sampler:
     of groups, whatever it has. Raises SamplerError where fewer than N speakers have M utterances.
     """
 
-    def __init__(self, speaker_rows, *, speakers_per_batch, utterances_per_speaker, cap, seed, balanced=False, excluded=None):
+    def __init__(
+        self, speaker_rows, *, speakers_per_batch, utterances_per_speaker, cap, seed, balanced=False, excluded=None
+    ):
         self.n_speakers, self.n_utterances, self.cap = speakers_per_batch, utterances_per_speaker, cap
         self.seed, self.balanced = seed, balanced
         self.first = np.asarray(speaker_rows[:-1], dtype=np.int64)

@@ -1,0 +1,407 @@
+"""A run, from the command line to the last checkpoint, read from top to bottom.
+
+    python -m spknet.train --config fast_resnet34_angleproto --data.train_shards shards/vox2 --run_dir runs/a
+    torchrun --nproc_per_node 8 -m spknet.train --config ...        the same run on 8 GPUs
+    srun --ntasks-per-node 8 python -m spknet.train --config ...    the same run, one task a GPU
+
+Every step is a function of its number: batch, crops, augmentation, learning rate and margin. A run that continues from a
+checkpoint at step k therefore needs the weights, the optimizer's moments and k. What is written where: spknet/run.py,
+log.py, checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from shards.format import ShardError, atomic_write
+from spknet import checkpoint, evaluate, legacy, rng, run
+from spknet import config as configuration
+from spknet.batchnorm import globalize
+from spknet.checkpoint import CheckpointError
+from spknet.config import Config, ConfigError
+from spknet.data import Corpus, loader
+from spknet.distributed import (
+    RankError,
+    Ranks,
+    Watchdog,
+    agree,
+    barrier,
+    broadcast,
+    first_rank_only,
+    gather_objects,
+    peer_lost,
+    ranks,
+)
+from spknet.gather import all_reduce_sum
+from spknet.log import Meter, MetricsLog, profiler
+from spknet.losses import build_loss
+from spknet.models import build_model
+from spknet.optim import build_optimizer, learning_rate, margin
+from spknet.run import RunError, StopSignals, write_state
+from spknet.sampler import SamplerError
+from spknet.task import SpeakerTask, prepare, step_at_once, step_in_chunks, train_batchnorm
+from spknet.trials import TrialError
+
+REQUEUE = 75  # exit status: stopped by a signal, saved, start the same command again (EX_TEMPFAIL)
+USER_ERRORS = (ConfigError, ShardError, SamplerError, CheckpointError, RunError, RankError, TrialError)
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite; the message names step, rank and utterances."""
+
+
+class Trainer:
+    """The state of a run on one rank."""
+
+    def __init__(self, config: Config, me: Ranks):
+        self.config, self.me, self.run_dir = config, me, Path(config.run_dir)
+        self.corpus = Corpus.open(config.data, config.train.seed)
+        evaluate.check(config)
+        self.steps_per_epoch = self.corpus.sampler.steps
+        self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
+        self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
+        self.samples = round(config.data.crop_seconds * self.corpus.utterances.sample_rate)
+        n_classes = config.loss.n_classes or self.corpus.n_classes
+        if n_classes < self.corpus.n_classes:
+            raise ConfigError(f"loss.n_classes={n_classes}, but the training data have {self.corpus.n_classes} labels")
+
+        model = build_model(config.model, self.corpus.utterances.sample_rate)
+        loss = build_loss(config.loss, config.model.embedding_size, n_classes, config.data.utterances_per_speaker)
+        rng.initialize(model, config.train.seed)
+        rng.initialize(loss, config.train.seed)
+        if config.train.sync_batchnorm and me.world_size > 1:
+            model = globalize(model)
+        self.task = SpeakerTask(model, loss, config.data.utterances_per_speaker, config.train.precision)
+        self.task.to(me.device, self.dtype)
+        if config.train.channels_last:
+            self.task.to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(config.optim, self.task.parameters())
+        self.scaler = torch.amp.GradScaler(me.device.type, enabled=config.train.precision == "fp16")
+
+        self.step = 0  # optimizer steps done
+        self.window = {"loss": 0.0, "accuracy": 0.0, "steps": 0}  # sums since the last logged step
+        self.best: dict | None = None  # {"step", "dev_eer"}
+        self.seconds = 0.0  # of training, evaluation and saving apart
+        self._resume_or_initialize()
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+        parallel = self.task
+        if config.train.compile:
+            model.compile()
+        if me.world_size > 1 and not config.train.chunk:
+            where = [me.device] if me.device.type == "cuda" else None
+            parallel = torch.nn.parallel.DistributedDataParallel(
+                self.task, device_ids=where, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self.parallel = parallel
+
+    def _resume_or_initialize(self) -> None:
+        c, state = self.config.train, None
+        if c.resume == "auto":
+            found = checkpoint.newest(self.run_dir, warn=self.say) if self.me.first else None
+            path = broadcast(str(found[0]) if found else None, self.me)
+            state = found[1] if found else checkpoint.read(path) if path else None
+        elif c.resume != "never":
+            path = c.resume
+            state = checkpoint.read(path)
+        if state is not None:
+            checkpoint.check_resume(state, path, self.config, self.corpus.fingerprint())
+            self._load(state)
+            self.say(f"continuing {path} at step {self.step}")
+        elif c.initial_model:
+            for note in legacy.load_initial(self.task, c.initial_model, self.corpus, c.allow_partial):
+                self.say(note)
+
+    def _load(self, state: dict) -> None:
+        self.task.model.load_state_dict(state["model"])
+        self.task.loss.load_state_dict(
+            checkpoint.load_head_by_speaker(self.task.loss, state, self.speakers(), self.corpus.utterances.labels)
+            if state["data_fingerprint"] != self.corpus.fingerprint()
+            else state["loss"]
+        )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.window, self.best, self.seconds = (state[k] for k in ("step", "window", "best", "seconds"))
+
+    def state(self) -> dict:
+        """What a checkpoint holds."""
+        return {
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "config": configuration.to_dict(self.config),
+            "model": self.task.model.state_dict(),
+            "loss": self.task.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"name": self.config.optim.schedule, "step": self.step},
+            "scaler": self.scaler.state_dict(),
+            "speakers": self.speakers(),
+            "labels": self.corpus.utterances.labels.tolist(),
+            "data_fingerprint": self.corpus.fingerprint(),
+            "versions": run.versions(),
+            "window": self.window,
+            "best": self.best,
+            "seconds": self.seconds,
+        }
+
+    def speakers(self) -> list[str]:
+        return [str(name) for name in self.corpus.utterances.speakers]
+
+    def say(self, message: str) -> None:
+        if self.me.first:
+            tqdm.write(message, file=sys.stderr)
+
+    def save(self) -> None:
+        """Writes the checkpoint of this step on rank 0; every rank returns when it is durable."""
+        with first_rank_only(self.me) as first:
+            if first:
+                self.log.sync()
+                best = self.best and self.best["step"]
+                checkpoint.save(self.run_dir, self.state(), self.config.train.keep_checkpoints, best)
+                write_state(self.run_dir, "running", self.step)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def evaluate(self) -> None:
+        """Evaluates the network as it is, on all ranks; a better development EER makes this step the best checkpoint."""
+        self.watchdog.pause()
+        folder = self.run_dir / "eval" / f"step-{self.step:08d}"
+        result = evaluate.evaluate_network(
+            self.task.model, self.config, out_dir=folder, step=self.step, device=self.me.device
+        )
+        result = broadcast(result, self.me)
+        if result.get("dev_eer") is not None and (self.best is None or result["dev_eer"] < self.best["dev_eer"]):
+            self.best = {"step": self.step, "dev_eer": result["dev_eer"]}
+            self.save()
+        if self.me.first:
+            self.log.write({"step": self.step, "epoch": self.step / self.steps_per_epoch, "eval": result})
+            self.log.add_picture("eval/det", folder / "det.png", self.step)
+            self.say(f"step {self.step}: EER {result['eer']:.2f} %, minDCF(0.01) {result['min_dcf_p01']:.3f}")
+
+    def evaluation_due(self) -> bool:
+        c = self.config.eval
+        if not (c.trials or c.dev_trials):
+            return False
+        every = max(1, round(c.every_epochs * self.steps_per_epoch)) if c.every_epochs else self.total_steps
+        return self.step == self.total_steps or (self.step > 0 and self.step % every == 0)
+
+    def train(self, log: MetricsLog, watchdog: Watchdog, stop: StopSignals) -> str | None:
+        """Runs to the last step. Returns the name of the signal that stopped it before, or None."""
+        self.log, self.watchdog = log, watchdog
+        if self.step > 0 and self.evaluation_due() and not broadcast(log and log.has_evaluation(self.step), self.me):
+            self.evaluate()  # the run died between this step's checkpoint and its evaluation
+        batches = iter(loader(self.config, self.corpus, self.me, self.step, self.total_steps))
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not self.me.first, mininterval=1)
+        self.task.train()
+        if self.config.train.chunk and train_batchnorm(self.task.model):
+            self.say(f"train.chunk: BatchNorm's statistics are those of {self.config.train.chunk} utterances a rank")
+        meter = Meter()
+        with bar, profiler(self.run_dir, self.config.train.profile and self.me.first) as trace:
+            while self.step < self.total_steps:
+                meter.wait_begins()
+                batch = next(batches)
+                meter.wait_ends()
+                loss, accuracy, asked = self.train_step(batch, stop)
+                self.step += 1
+                bar.update()
+                if trace is not None:
+                    trace.step()
+                self.window["loss"] += loss
+                self.window["accuracy"] += accuracy
+                self.window["steps"] += 1
+                watchdog.step(self.step)
+                if self.step % self.config.log.every_steps == 0 or self.step == self.total_steps:
+                    self.write_metrics(meter, bar)
+                if asked["stop"] or asked["save"] or self.step == self.total_steps or self._save_step():
+                    self.seconds += meter.pause()
+                    watchdog.pause()
+                    self.save()
+                    meter.resume()
+                if asked["stop"]:
+                    return stop.received or "a signal to another rank"
+                if self.evaluation_due():
+                    self.seconds += meter.pause()
+                    self.evaluate()
+                    self.task.train()
+                    meter.resume()
+        return None
+
+    def train_step(self, batch, stop: StopSignals) -> tuple[float, float, dict[str, bool]]:
+        """One optimizer step. Returns the global loss and accuracy and what some rank asks for: stop, save."""
+        c = self.config
+        rate = learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.task.loss.margin = margin(c.loss, self.step)
+        inputs = prepare(batch.to(self.me.device), self.samples, self.dtype)
+        self.optimizer.zero_grad(set_to_none=True)
+        if c.train.chunk:
+            loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, c.train.chunk, self.me)
+        else:
+            loss, accuracy = step_at_once(self.parallel, inputs, self.scaler.scale)
+
+        due = self.me.first and time.monotonic() - self.saved_at > 60 * c.train.save_every_minutes
+        own = [loss.double(), accuracy.double(), stop.received is not None, due, ~torch.isfinite(loss)]
+        told = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.me.device) for x in own])
+        total = all_reduce_sum(told).tolist()
+        if total[4]:
+            self._report_non_finite(float(loss), batch)
+        self.scaler.unscale_(self.optimizer)
+        if c.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.task.parameters(), c.optim.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.task.loss.clamp_()
+        world = self.me.world_size
+        return total[0] / world, total[1] / world, {"stop": total[2] > 0, "save": total[3] > 0}
+
+    def _report_non_finite(self, loss: float, batch) -> None:
+        names = [self.corpus.utterances.key(row) for row in batch.rows.tolist()]
+        every = gather_objects((loss, names), self.me)
+        bad = [rank for rank, (value, _) in enumerate(every) if not math.isfinite(value)]
+        raise NonFiniteLoss(
+            f"the loss of step {self.step} is {every[bad[0]][0]} on rank {bad[0]}; the checkpoint of step {self.saved_step} is"
+            f" kept. Its utterances: {' '.join(every[bad[0]][1])}. Lower --optim.lr, or look at these recordings"
+        )
+
+    def _save_step(self) -> bool:
+        every = self.config.train.save_every_steps
+        return every > 0 and self.step % every == 0 and self.step != self.saved_step
+
+    def write_metrics(self, meter: Meter, bar) -> None:
+        n = self.window["steps"]
+        loss, accuracy = self.window["loss"] / n, self.window["accuracy"] / n
+        self.window = {"loss": 0.0, "accuracy": 0.0, "steps": 0}
+        per_step = self.config.data.speakers_per_batch * self.config.data.utterances_per_speaker
+        speed, waited = meter.read(n * per_step)
+        if self.log is not None:
+            seconds = self.seconds + meter.elapsed()
+            self.log.write(
+                {
+                    "step": self.step,
+                    "epoch": self.step / self.steps_per_epoch,
+                    "loss": loss,
+                    "accuracy": accuracy,
+                    "lr": self.optimizer.param_groups[0]["lr"],
+                    "utterances_per_second": speed,
+                    "data_wait_fraction": waited,
+                    "seconds": seconds,
+                }
+            )
+        bar.set_postfix_str(f"loss {loss:.3f} accuracy {accuracy:.1f} % {speed:.0f} utterances/s", refresh=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m spknet.train`: exit status 0 done, 75 stopped by a signal and saved, 2 a user's error, 1 any other."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        config, after = _options(argv)
+        if after is not None:
+            return after()
+        with (
+            ranks(config.train.device, config.train.threads, config.train.timeout_seconds) as me,
+            StopSignals() as stop,
+        ):
+            return _run(config, me, stop)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _options(argv: list[str]):
+    """(Config, None), or for voxceleb_trainer's --eval (Config, what to do instead of training)."""
+    after = None
+    if legacy.is_legacy(argv):
+        translation = legacy.translate(argv)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\n".join(translation.notes), file=sys.stderr)
+        config = translation.config
+        if translation.eval_only:
+            after = translation.evaluate
+    else:
+        config = configuration.parse(argv)
+    if config.run_dir is None:
+        raise ConfigError("--run_dir FOLDER is missing: where checkpoints, metrics and evaluations of this run go")
+    return config, after
+
+
+def _run(config: Config, me: Ranks, stop: StopSignals) -> int:
+    """Owns the run folder while training; leaves state.json saying how it ended."""
+    trainer = None
+    with contextlib.ExitStack() as held:
+        with first_rank_only(me) as first:
+            if first:
+                held.enter_context(run.owned(config.run_dir))
+                write_state(config.run_dir, "running", 0, "starting")
+        try:
+            trainer = _prepare(config, me)
+            stopped_by = _train(trainer, me, stop)
+        except BaseException as error:
+            _fail(config, trainer, error)
+            raise
+        barrier(me)
+        if me.first:
+            write_state(config.run_dir, "requeue" if stopped_by else "done", trainer.step, stopped_by or "")
+        trainer.say(f"stopped by {stopped_by} at step {trainer.step}" if stopped_by else f"done: {config.run_dir}")
+    # torchrun takes any other status of a worker for a failure, and would start the group again.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    return REQUEUE if stopped_by and not restarts else 0
+
+
+def _prepare(config: Config, me: Ranks) -> Trainer:
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    options = {f"option {k}": repr(v) for k, v in checkpoint.flatten(configuration.to_dict(config)).items()}
+    agree({"the code": run.code_digest(), **{f"version of {k}": v for k, v in run.versions().items()}, **options}, me)
+    device = torch.cuda.get_device_name(me.device) if me.device.type == "cuda" else "CPU"
+    places = gather_objects((socket.gethostname(), device), me)
+    if me.first:
+        hosts, devices = zip(*places)
+        folder = Path(config.run_dir)
+        run.write_json(folder / "record.json", run.record(list(devices), list(hosts)))
+        with atomic_write(folder / "config.yaml") as file:
+            file.write(yaml.safe_dump(configuration.to_dict(config), sort_keys=False).encode())
+    trainer = Trainer(config, me)
+    for warning in trainer.corpus.warnings():
+        trainer.say(f"warning: {warning}")
+    return trainer
+
+
+def _train(trainer: Trainer, me: Ranks, stop: StopSignals) -> str | None:
+    config = trainer.config
+    log = MetricsLog(config.run_dir, trainer.step, config.log.tensorboard) if me.first else None
+
+    def stalled(message: str) -> None:
+        write_state(config.run_dir, "failed", trainer.step, message)
+        print(f"error: rank {me.rank}: {message}", file=sys.stderr, flush=True)
+
+    watchdog = Watchdog(me, config.train.timeout_seconds, stalled)
+    watchdog.start()
+    try:
+        return trainer.train(log, watchdog, stop)
+    finally:
+        watchdog.stopped.set()
+        if log is not None:
+            log.close()
+
+
+def _fail(config: Config, trainer: Trainer | None, error: BaseException) -> None:
+    """state.json after an error. A lost peer is a reason to go on later, unless that peer itself has said `failed`."""
+    lost = peer_lost(error)
+    if lost and (run.read_state(config.run_dir) or {}).get("state") == "failed":
+        return
+    reason = f"{type(error).__name__}: {error}"
+    if lost:
+        reason = f"another rank is gone; the run continues from its newest checkpoint ({reason})"
+    write_state(config.run_dir, "requeue" if lost else "failed", trainer.step if trainer else 0, reason)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
