@@ -49,7 +49,7 @@ class ModelConfig:
     embedding_size: int = 512  # dimensions
     n_mels: int = 40  # mel bands
     log_input: bool = True  # logarithm of the mel energies
-    window: Literal["hamming", "hann"] = "hamming"  # analysis window
+    window: Literal["auto", "hamming", "hann"] = "auto"  # auto: as voxceleb_trainer's network of that name
     input_scale: Literal["unit", "int16"] = "unit"  # what the network is given: [-1, 1] or -32768..32767
     width: float = 1.0  # factor on the number of channels
     sinc_stride: int = 10  # RawNet3: stride of the learned filter bank, samples
@@ -64,6 +64,7 @@ class LossConfig:
     normalize_embeddings: bool = False  # length-normalise embeddings before ge2e, angleproto, proto
     hard_rank: int = 10  # triplet, contrastive: negatives come from the hard_rank + 1 nearest; below 0: semi-hard
     hard_prob: float = 0.5  # probability of such a hard negative; any other speaker otherwise
+    semi_hard_fallback: Literal["any", "skip"] = "any"  # where none is semi-hard: any other, or no triplet
     cosine_floor: float | None = None  # ge2e: floor of cosines (voxceleb_trainer: 1e-6); a flaw, for comparison only
     n_classes: int | None = None  # classes of a classification head; None: as many as the data has labels
 
@@ -115,9 +116,10 @@ class EvalConfig:
     every_epochs: float = 10.0  # epochs between evaluations; the last step is always evaluated; 0: at the end only
     crop_seconds: float = 0.0  # length of an evaluation crop; 0: whole utterances
     crops: int = 1  # crops spread evenly over each utterance
-    score: Literal["cosine", "mean_distance"] = (
-        "cosine"  # of mean embeddings, or voxceleb_trainer's mean over crop pairs
-    )
+    score: Literal["cosine", "mean_distance"] = "cosine"  # of mean embeddings, or the mean distance of all crop pairs
+    padding: Literal["repeat", "zeros"] = "repeat"  # of utterances shorter than crop_seconds; zeros: on both sides
+    metrics: Literal["default", "voxceleb_trainer"] = "default"  # arithmetic of EER and minDCF
+    scores: str | None = None  # a file that scores are also written to
     batch_seconds: float = 60.0  # audio embedded in one forward pass
 
 
