@@ -1,0 +1,65 @@
+"""The losses by name; see spknet.losses.base for a call, classification and metric for the formulas.
+
+loss = build_loss(LossConfig(name="angleproto"), embedding_size=512, n_classes=5994, utterances_per_speaker=2)
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+
+from spknet.config import ConfigError, LossConfig
+from spknet.losses.base import Loss
+from spknet.losses.classification import AAMSoftmax, AMSoftmax, Softmax
+from spknet.losses.metric import GE2E, AngularPrototypical, Contrastive, Prototypical, SoftmaxPrototypical, Triplet
+
+LOSSES: dict[str, type[Loss]] = {
+    "softmax": Softmax,
+    "amsoftmax": AMSoftmax,
+    "aamsoftmax": AAMSoftmax,
+    "ge2e": GE2E,
+    "proto": Prototypical,
+    "angleproto": AngularPrototypical,
+    "softmaxproto": SoftmaxPrototypical,
+    "triplet": Triplet,
+    "contrastive": Contrastive,
+}
+CLASSIFIERS = ("softmax", "amsoftmax", "aamsoftmax", "softmaxproto")  # those with a weight vector for each class
+
+
+def build_loss(config: LossConfig, embedding_size: int, n_classes: int, utterances_per_speaker: int) -> Loss:
+    """The loss of a configuration.
+
+    n_classes: labels that the data has; config.n_classes may ask for more of them (a warning), not for fewer.
+    Raises ConfigError for an unknown name, an M the loss cannot take, fewer classes than labels.
+    """
+    if config.name not in LOSSES:
+        near = difflib.get_close_matches(config.name, LOSSES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"loss.name {config.name}: no such loss; {hint}losses: {', '.join(LOSSES)}")
+    kind = LOSSES[config.name]
+    _check_utterances(config.name, kind, utterances_per_speaker)
+    if config.name not in CLASSIFIERS:
+        return kind(config)
+    return kind(config, embedding_size, _classes(config, n_classes))
+
+
+def _check_utterances(name: str, kind: type[Loss], m: int) -> None:
+    if m < kind.fewest or (kind.most is not None and m > kind.most):
+        fits = f"exactly {kind.most}" if kind.most == kind.fewest else f"{kind.fewest} or more"
+        raise ConfigError(f"data.utterances_per_speaker {m}: {name} takes {fits} utterances of each speaker in a batch")
+
+
+def _classes(config: LossConfig, found: int) -> int:
+    asked = config.n_classes
+    if asked is None:
+        return found
+    if asked < found:
+        raise ConfigError(
+            f"loss.n_classes {asked}: the data has {found} speakers; give at least {found}, or leave it out"
+        )
+    if asked > found:
+        warnings.warn(
+            f"loss.n_classes {asked}: the data has {found} speakers; the others are never right", stacklevel=3
+        )
+    return asked

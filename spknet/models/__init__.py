@@ -1,0 +1,33 @@
+"""The networks by name: waves (batch, samples) -> embeddings (batch, embedding_size).
+
+model = build_model(ModelConfig(name="ResNetSE34L", encoder="SAP"))
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from torch import nn
+
+from spknet.config import ConfigError, ModelConfig
+from spknet.models.resnet import ResNetSE34, ResNetSE34L, ResNetSE34V2
+
+MODELS: dict[str, type[nn.Module]] = {
+    "ResNetSE34": ResNetSE34,
+    "ResNetSE34L": ResNetSE34L,
+    "ResNetSE34V2": ResNetSE34V2,
+}
+
+
+def build_model(config: ModelConfig, sample_rate: int = 16000) -> nn.Module:
+    """The network of a configuration, in training mode. ConfigError where name, encoder or n_mels do not fit."""
+    if config.name not in MODELS:
+        near = difflib.get_close_matches(config.name, MODELS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"model.name {config.name}: no such network; {hint}networks: {', '.join(MODELS)}")
+    network = MODELS[config.name]
+    if config.encoder not in network.encoders:
+        raise ConfigError(
+            f"model.encoder {config.encoder}: {config.name} has no such encoder; it takes {', '.join(network.encoders)}"
+        )
+    return network(config, sample_rate)

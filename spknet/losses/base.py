@@ -1,0 +1,47 @@
+"""What every loss shares: the form of a call, full precision under autocast, the check of M.
+
+    value, accuracy = loss(embeddings, labels, draws)
+
+embeddings (speakers, M, D) of this rank, labels (speakers,) int64, draws (speakers, 2) float64 in [0, 1): the only
+randomness. `value` is L_r of spknet.gather: its mean over ranks is the loss of the global batch. `accuracy` is in percent
+of the rank's own rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spknet.config import LossConfig
+
+
+class Loss(nn.Module):
+    """Subclasses define `compute(x, labels, draws)`; `fewest` and `most` bound M, the utterances of a speaker.
+
+    `margin` may be set before each step; `clamp_` is called after each optimizer step.
+    """
+
+    fewest = 1
+    most: int | None = None
+
+    def __init__(self, config: LossConfig):
+        super().__init__()
+        self.margin = float(config.margin)
+
+    def forward(self, embeddings: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            x = embeddings if embeddings.dtype.itemsize >= 4 else embeddings.float()
+            return self.compute(x, labels, draws)
+
+    def compute(self, x: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def clamp_(self) -> None:
+        """Puts parameters back into their range."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over rows, and how many rows are right in percent: logits (rows, classes), targets (rows,)."""
+    accuracy = 100 * (logits.detach().argmax(dim=1) == targets).double().mean()
+    return F.cross_entropy(logits, targets), accuracy
