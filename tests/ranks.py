@@ -1,0 +1,54 @@
+"""Real gloo ranks for tests: forked processes, so that torch is not imported again in each."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _child(function, arguments, rank, world_size, port, pipe):
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    from spknet import distributed
+
+    try:
+        with distributed.ranks(device="cpu", threads=1, timeout_seconds=60):
+            pipe.send((True, function(rank, world_size, *arguments)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+
+
+def run_ranks(world_size: int, function, *arguments, timeout: float = 240.0) -> list:
+    """[function(rank, world_size, *arguments) of each rank], every rank a process of one gloo group."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(function, arguments, rank, world_size, port, theirs))
+        process.start()
+        pipes.append(ours)
+        processes.append(process)
+    results = []
+    for rank, pipe in enumerate(pipes):
+        assert pipe.poll(timeout), f"rank {rank} of {world_size} said nothing for {timeout} s"
+        results.append(pipe.recv())
+    for process in processes:
+        process.join(30)
+        if process.is_alive():
+            process.kill()
+    failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(results) if not good]
+    assert not failed, "\n".join(failed)
+    return [value for _, value in results]

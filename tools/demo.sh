@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# From nothing to a trained, evaluated network, on two CPU ranks: `bash tools/demo.sh` with a made corpus, or
+# `bash tools/demo.sh DIR` with DIR/train_list.txt, DIR/test_list.txt and the files they name.
+source "$(dirname "$0")/setup.sh"
+corpus=${1:-demo/corpus}
+out=demo
+if [ $# -ge 1 ]; then out=demo/$(basename "$(realpath "$corpus")"); fi
+steps=${SPKNET_DEMO_STEPS:-240}
+if [ $# -eq 0 ] && [ ! -f "$corpus/test_list.txt" ]; then
+  python -m tools.synth --out "$corpus"
+fi
+for list in train_list.txt test_list.txt; do
+  [ -f "$corpus/$list" ] || { echo "error: $corpus/$list is missing: a training list has lines 'speaker path', a test list 'label path path'" >&2; exit 1; }
+done
+[ -f "$out/shards/index/index.json" ] || python -m shards.pack --list "$corpus/train_list.txt" --root "$corpus" --out "$out/shards"
+# As many speakers a batch as the corpus allows, at most 40, even for two ranks.
+speakers=$(cut -d' ' -f1 "$corpus/train_list.txt" | sort | uniq -c | awk '$1 >= 2' | wc -l)
+speakers=$(( speakers < 40 ? speakers / 2 * 2 : 40 ))
+run=$out/run
+export OMP_NUM_THREADS=1
+torchrun --standalone --nproc_per_node 2 -m spknet.train --config fast_resnet34_angleproto \
+  --data.train_shards "$out/shards" --data.speakers_per_batch "$speakers" --data.workers 0 --train.max_steps "$steps" \
+  --train.precision bf16 --train.channels_last true --optim.schedule cosine --eval.every_epochs 0 --run_dir "$run"
+torchrun --standalone --nproc_per_node 2 -m spknet.evaluate --checkpoint "$run" --trials "$corpus/test_list.txt" \
+  --root "$corpus" --untrained --out "$run/evaluation"
+python -m tools.summary "$run"
