@@ -65,7 +65,7 @@ def test_source_repeats_at_the_speakers_pitch():
 
 
 def test_tract_resonates_at_its_formants():
-    speaker = synth.draw_speaker(np.random.default_rng(0)) | {"dips": np.zeros((2, 2)), "bandwidth": 1.0}
+    speaker = synth.draw_speaker(np.random.default_rng(0)) | {"dips": np.zeros((2, 2)), "bandwidth": 0.5}
     wanted = np.array([500.0, 1500, 2500, 3500, 4500])
     gain = np.abs(synth.tract_response(wanted[None], speaker)[0])
     peaks = synth.BINS[1:-1][(gain[1:-1] > gain[:-2]) & (gain[1:-1] > gain[2:])]
