@@ -1,0 +1,245 @@
+"""The index of a packed data set: written once from sorted rows, opened as memory maps that all workers of a machine share.
+
+    index/index.json         what there is: counts, tars with size and sha256, the files below with size and sha256; written last
+    index/utterances.npy     (N,) ROW, sorted by key, hence by speaker
+    index/keys.npy           (N,) byte strings of one width
+    index/speaker_rows.npy   (S + 1,) u64: rows of speaker s are [p[s], p[s + 1])
+    index/speakers.npy       (S,) byte strings, in the order of their keys
+    index/labels.npy         (S,) u32: class labels; those of an appended pack follow those that were there
+
+Opening costs the check of index.json's own checksum, of every file's size and type, and of the sha256 of the three small files. A row and
+a key carry a CRC-16 each, checked when they are used, so the big files need not be read.
+
+Usage: index = open_index("shards/vox2"); index.rows["samples"].sum()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shards import cache, format, plan
+from shards.format import REMAKE, ROW, VERSION, ShardError
+
+KIND = "spknet-shards"
+SMALL_FILES = ("speaker_rows.npy", "speakers.npy", "labels.npy")
+FILES = ("utterances.npy", "keys.npy", *SMALL_FILES)
+COUNTS = ("sample_rate", "utterances", "speakers", "samples", "key_bytes", "speaker_bytes", "skipped")
+NO_CHECKSUM = "0" * 64
+
+
+@dataclass
+class Index:
+    """An opened index. Arrays are read-only maps; row numbers and labels count from 0."""
+
+    folder: Path  # the data set: OUT
+    meta: dict  # index.json
+    rows: np.ndarray  # (N,) ROW
+    keys: np.ndarray  # (N,) S
+    speakers: np.ndarray  # (S,) S
+    labels: np.ndarray  # (S,) u32
+    speaker_rows: np.ndarray  # (S + 1,) u64
+    urls: list[str]  # file names of the tars
+    filesizes: np.ndarray  # (tars,) i64, bytes
+    head_crc32: np.ndarray  # (tars,) u32, of the first 512 bytes
+
+    @property
+    def codec(self) -> str:
+        return self.meta["codec"]
+
+    @property
+    def sample_rate(self) -> int:
+        return self.meta["sample_rate"]
+
+
+def tar_name(shard: int) -> str:
+    return f"train-{shard:06d}.tar"
+
+
+def write_index(
+    out: Path,
+    rows: np.ndarray,
+    keys: np.ndarray,
+    shards: list[dict],
+    settings: plan.Settings,
+    skipped: int = 0,
+    sums: tuple[tuple[str, str], ...] = (),
+) -> None:
+    """Writes OUT/index and OUT/SHA256SUMS; index.json last.
+
+    rows: (N,) ROW in the order of keys, without speaker and row_check, which are filled in; keys: (N,) sorted S;
+    shards: url, nsamples, filesize, sha256, head_crc32, generation of each tar; sums: further (sha256, path) for SHA256SUMS.
+    """
+    folder = out / "index"
+    folder.mkdir(exist_ok=True)
+    (folder / "index.json").unlink(missing_ok=True)
+    format.remove_leftovers(folder)
+    bounds, names = plan.speaker_bounds(keys)
+    speakers = np.array(names)
+    labels = _labels(rows, bounds, np.array([s["generation"] for s in shards]))
+    rows["speaker"] = np.repeat(np.arange(len(names), dtype=np.uint32), np.diff(bounds))
+    rows["row_check"] = format.row_checks(rows)
+    arrays = dict(zip(FILES, (rows, keys, bounds.astype("<u8"), speakers, labels)))
+    files = {}
+    for name, array in arrays.items():
+        format.write_npy(folder / name, array)
+        files[name] = {"filesize": (folder / name).stat().st_size, "sha256": format.sha256_file(folder / name)}
+    meta = {
+        "checksum": NO_CHECKSUM,
+        "format": KIND,
+        "version": VERSION,
+        "sample_rate": settings.sample_rate,
+        "codec": settings.codec,
+        "utterances": len(rows),
+        "speakers": len(speakers),
+        "samples": int(rows["samples"].sum(dtype=np.uint64)),
+        "key_bytes": keys.dtype.itemsize,
+        "speaker_bytes": speakers.dtype.itemsize,
+        "skipped": skipped,
+        "fingerprint": _fingerprint(rows, keys, labels, settings.sample_rate),
+        "files": files,
+        "shardlist": shards,
+    }
+    text = json.dumps(meta, indent=1).encode()
+    text = text.replace(NO_CHECKSUM.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
+    lines = [(s["sha256"], s["url"]) for s in shards] + list(sums)
+    lines += [(files[name]["sha256"], f"index/{name}") for name in FILES]
+    lines.append((hashlib.sha256(text).hexdigest(), "index/index.json"))
+    with format.atomic_write(out / "SHA256SUMS") as file:
+        file.write("".join(f"{digest}  {path}\n" for digest, path in lines).encode())
+    with format.atomic_write(folder / "index.json") as file:
+        file.write(text)
+
+
+def _labels(rows: np.ndarray, bounds: np.ndarray, generation: np.ndarray) -> np.ndarray:
+    # A speaker's label is decided by the pack that brought the speaker first, then by the order of the names.
+    first = np.minimum.reduceat(generation[rows["shard"]], bounds[:-1])
+    labels = np.empty(len(first), "<u4")
+    labels[np.argsort(first, kind="stable")] = np.arange(len(first))
+    return labels
+
+
+def _fingerprint(rows: np.ndarray, keys: np.ndarray, labels: np.ndarray, sample_rate: int) -> str:
+    # Of what a run sees: names, lengths, content, labels; not of where in which tar it lies.
+    digest = hashlib.sha256(b"%d" % sample_rate)
+    for a in range(0, len(rows), 1 << 20):
+        piece = rows[a : a + (1 << 20)]
+        digest.update(keys[a : a + (1 << 20)].tobytes())
+        digest.update(piece["samples"].tobytes() + piece["crc32"].tobytes())
+    digest.update(labels.tobytes())
+    return digest.hexdigest()
+
+
+def open_index(out: str | Path, cache_dir: str | Path | None = None) -> Index:
+    """Opens OUT/index, copied to cache_dir first where one is given, or where OUT lies on a network file system.
+
+    Raises ShardError naming the file, what was found and what was expected.
+    """
+    out = Path(out)
+    meta = read_meta(out)
+    folder = cache.local_index(out / "index", meta, cache_dir)
+    n, s = meta["utterances"], meta["speakers"]
+    for name in FILES:
+        _check_file(folder / name, meta["files"][name], hashed=name in SMALL_FILES)
+    opened = Index(
+        out,
+        meta,
+        format.open_npy(folder / "utterances.npy", ROW, n),
+        format.open_npy(folder / "keys.npy", np.dtype(f"S{meta['key_bytes']}"), n),
+        format.open_npy(folder / "speakers.npy", np.dtype(f"S{meta['speaker_bytes']}"), s),
+        format.open_npy(folder / "labels.npy", np.dtype("<u4"), s),
+        format.open_npy(folder / "speaker_rows.npy", np.dtype("<u8"), s + 1),
+        [shard["url"] for shard in meta["shardlist"]],
+        np.array([shard["filesize"] for shard in meta["shardlist"]], np.int64),
+        np.array([shard["head_crc32"] for shard in meta["shardlist"]], np.uint32),
+    )
+    bounds = opened.speaker_rows
+    if bounds[0] != 0 or bounds[-1] != n or np.any(bounds[1:] <= bounds[:-1]):
+        raise ShardError(f"{folder / 'speaker_rows.npy'}: rows of the speakers do not rise from 0 to {n}; {REMAKE}")
+    return opened
+
+
+def _check_file(path: Path, expected: dict, hashed: bool) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing; {REMAKE}") from None
+    if size != expected["filesize"]:
+        raise ShardError(
+            f"{path}: found {size} bytes, index.json says {expected['filesize']}: cut or replaced; {REMAKE}"
+        )
+    if hashed and format.sha256_file(path) != expected["sha256"]:
+        raise ShardError(f"{path}: its sha256 is not the one in index.json: damaged or of another data set; {REMAKE}")
+
+
+def read_meta(out: Path) -> dict:
+    """index.json, checked. Raises ShardError."""
+    path = out / "index" / "index.json"
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ShardError(
+            f"{path} is missing: {out} is not a packed data set, or is not packed to the end; "
+            "run the same `python -m shards.pack` again, or --merge after the last --task"
+        ) from None
+    problem = None
+    try:
+        meta = json.loads(text)
+        problem = _meta_problem(meta)
+    except (ValueError, RecursionError) as error:
+        meta, problem = {}, f"not JSON ({error})"
+    if not problem and not _has_checksum(text, meta["checksum"]):
+        problem = "its checksum is wrong: edited or damaged"
+    if problem:
+        raise ShardError(f"{path}: {problem}; {REMAKE}")
+    return meta
+
+
+def _has_checksum(text: bytes, checksum: str) -> bool:
+    blank = text.replace(checksum.encode(), NO_CHECKSUM.encode(), 1)
+    return hashlib.sha256(blank).hexdigest() == checksum
+
+
+def _meta_problem(meta) -> str | None:
+    """What is wrong with the contents of index.json, or None. Numbers are bounded, so that nothing absurd is allocated."""
+    if not isinstance(meta, dict) or meta.get("format") != KIND:
+        return f"expected an object with format {KIND!r}"
+    if meta.get("version") != VERSION:
+        return f"version {meta.get('version')!r}, this program reads version {VERSION}"
+    if meta.get("codec") not in format.CODECS:
+        return f"codec {meta.get('codec')!r}, expected wav or flac"
+    for name in COUNTS:
+        if not _is_count(meta.get(name), 0 if name == "skipped" else 1):
+            return f"{name} is {meta.get(name)!r}, expected a number from 1 to 2**40"
+    if not all(_is_hex(meta.get(name)) for name in ("checksum", "fingerprint")):
+        return "checksum and fingerprint must be 64 hexadecimal digits"
+    files, shards = meta.get("files"), meta.get("shardlist")
+    if not isinstance(files, dict) or not all(_is_file(files.get(name)) for name in FILES):
+        return f"files must give filesize and sha256 of {', '.join(FILES)}"
+    if not isinstance(shards, list):
+        return "shardlist is not a list"
+    for i, shard in enumerate(shards):
+        if not _is_file(shard) or shard.get("url") != tar_name(i) or not _is_count(shard.get("nsamples"), 0):
+            return f"entry {i} of shardlist must have url {tar_name(i)}, nsamples, filesize and sha256"
+        if not _is_count(shard.get("head_crc32"), 0) or not _is_count(shard.get("generation"), 0):
+            return f"entry {i} of shardlist lacks head_crc32 or generation"
+    listed = sum(shard["nsamples"] for shard in shards)
+    if listed != meta["utterances"]:
+        return f"utterances is {meta['utterances']}, but the tars have {listed}"
+    return None
+
+
+def _is_count(value, least: int) -> bool:
+    return type(value) is int and least <= value <= 2**40
+
+
+def _is_hex(value) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def _is_file(entry) -> bool:
+    return isinstance(entry, dict) and _is_count(entry.get("filesize"), 1) and _is_hex(entry.get("sha256"))

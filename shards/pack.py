@@ -1,0 +1,313 @@
+"""Packs a corpus of `speaker path` lines into tars with an index: parallel, resumable, the same bytes whatever happens in between.
+
+Each tar is written by one process under a temporary name, hashed while it is written, made durable and renamed; then its part file,
+the commit record, the same way. A tar whose part agrees with the plan and whose size agrees with the part is kept when
+the command runs again. The index is made from the parts (shards.parts.merge), index.json last.
+
+Usage: python -m shards.pack --list train_list.txt --root voxceleb2/dev/wav --out shards/vox2 --workers 8
+       python -m shards.pack ... --task 3/16      (each on its own machine), then: python -m shards.pack --out OUT --merge
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from shards import audio, format, index, parts, plan
+from shards.archive import read_source
+from shards.format import BLOCK, ROW, ShardError
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+TICK = 32  # utterances between two reports of a worker
+
+
+@dataclass
+class Job:
+    """One tar to write: its utterances in the order of the tar."""
+
+    out: Path
+    shard: int
+    digest: str
+    settings: plan.Settings
+    keys: list[bytes]
+    sources: list[str]
+    where: np.ndarray  # (n,) LOCATION
+    skip_bad: bool
+
+
+def pack(
+    entries: Iterable[tuple[str, str, str]],
+    out: str | Path,
+    *,
+    seed: int = 0,
+    shard_bytes: int = 2**30,
+    codec: str = "wav",
+    convert: bool = False,
+    workers: int = 1,
+    append: bool = False,
+    skip_bad: str | Path | None = None,
+    sample_rate: int = 16000,
+    progress: bool = True,
+    task: tuple[int, int] | None = None,
+) -> int:
+    """Packs (speaker, key, source) triples into OUT; returns the number of utterances that this call wrote.
+
+    source: a path, `ARCHIVE.zip::member` or `ARCHIVE.tar::member`; codec: wav or flac; sample_rate in Hz.
+    task (i, n): only the tars i, i + n, ... and no index: `parts.merge(out)` makes it when all tasks are done.
+    Raises ShardError on bad names, missing or unreadable audio (unless skip_bad names a file for the list of those),
+    a full disk; running the same call again goes on where it stopped.
+    """
+    out = Path(out)
+    if codec not in format.CODECS:
+        raise ShardError(f"codec {codec!r}: expected wav or flac")
+    with _no_room(out):
+        (out / "parts").mkdir(parents=True, exist_ok=True)
+        listed = plan.make_entries(tqdm(entries, "list", unit=" lines", delay=5, disable=not progress))
+        settings = plan.Settings(sample_rate, codec, convert, seed, shard_bytes)
+        settings = parts.generation_to_write(out, listed, settings, append)
+        made = plan.make_plan(listed, out, settings, skip_bad is not None)
+        numbers = [s for s in range(made.n_shards) if task is None or s % task[1] == task[0]]
+        todo = [s for s in numbers if not _is_done(out, settings.first_shard + s, made.digest, skip_bad is not None)]
+        written = _run(_jobs(out, made, todo, skip_bad is not None), _count(made, todo), len(todo), workers, progress)
+        if task is None:
+            parts.merge(out, skip_bad)
+    return written
+
+
+def _count(made: plan.Plan, todo: list[int]) -> int:
+    return int(np.isin(made.shard, todo).sum())
+
+
+def _jobs(out: Path, made: plan.Plan, todo: list[int], skip_bad: bool) -> Iterable[Job]:
+    entries, settings = made.entries, made.settings
+    where = made.where
+    if where is None:
+        chosen = np.flatnonzero(np.isin(made.shard, todo))
+        where = np.zeros(len(entries.keys), plan.archive.LOCATION)
+        where[chosen] = plan.locate(entries, chosen, skip_bad)
+    by_shard = np.argsort(made.shard, kind="stable")
+    bounds = np.searchsorted(made.shard[by_shard], np.arange(made.n_shards + 1))
+    for s in todo:
+        rows = by_shard[bounds[s] : bounds[s + 1]].tolist()
+        keys = {i: bytes(entries.keys[i]) for i in rows}
+        rows.sort(key=lambda i: (plan.keyed_hash(settings.seed, keys[i]), keys[i]))
+        sources = [entries.source(i) for i in rows]
+        number = settings.first_shard + s
+        yield Job(out, number, made.digest, settings, [keys[i] for i in rows], sources, where[rows], skip_bad)
+
+
+def _is_done(out: Path, shard: int, digest: str, skip_bad: bool) -> bool:
+    try:
+        part = parts.read_part(out, shard)
+        size = os.stat(out / index.tar_name(shard)).st_size
+    except (ShardError, FileNotFoundError):
+        return False
+    return part.digest == digest and part.filesize == size and (skip_bad or not len(part.skipped))
+
+
+def _run(jobs: Iterable[Job], total: int, n_jobs: int, workers: int, progress: bool) -> int:
+    every = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=total, desc="packing", unit=" utterances", mininterval=every, disable=not progress) as bar:
+        if workers <= 1 or n_jobs <= 1:
+            for job in jobs:
+                write_shard(job, bar.update)
+        else:
+            _run_pool(jobs, min(workers, n_jobs), bar)
+        return bar.n if progress else total
+
+
+def _run_pool(jobs: Iterable[Job], workers: int, bar: tqdm) -> None:
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
+        running = set()
+        try:
+            for job in jobs:
+                running.add(pool.submit(_in_worker, job))
+                while len(running) >= 2 * workers:
+                    running = _collect(running, counter, bar)
+            while running:
+                running = _collect(running, counter, bar)
+        except BrokenProcessPool:
+            raise ShardError("a packing worker was killed (out of memory?); run the same command again") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _collect(running: set, counter, bar: tqdm) -> set:
+    done, running = wait(running, 0.5, FIRST_COMPLETED)
+    bar.update(counter.value - bar.n)
+    for future in done:
+        future.result()
+    return running
+
+
+_progress = None
+
+
+def _start_worker(counter) -> None:
+    global _progress
+    _progress = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    # A pool's workers outlive a killed parent: they would go on writing while the resumed pack does.
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _in_worker(job: Job) -> None:
+    def report(n: int) -> None:
+        with _progress.get_lock():
+            _progress.value += n
+
+    write_shard(job, report)
+
+
+def write_shard(job: Job, report) -> None:
+    """Writes one tar and its part file. report(n) is called for every few utterances."""
+    name = index.tar_name(job.shard)
+    with _no_room(job.out):
+        format.remove_leftovers(job.out, name)
+        rows, keys, skipped = np.zeros(len(job.keys), ROW), [], []
+        digest, offset = hashlib.sha256(), 0
+        head = None
+        with format.atomic_write(job.out / name) as file:
+            for i, (key, source) in enumerate(zip(job.keys, job.sources)):
+                if i % TICK == TICK - 1:
+                    report(TICK)
+                try:
+                    data = audio.decode(
+                        read_source(source, job.where[i]), source, job.settings.sample_rate, job.settings.convert
+                    )
+                except ShardError as error:
+                    if not job.skip_bad:
+                        raise ShardError(f"{error} (or leave it out with --skip-bad FILE)") from None
+                    skipped.append((key.decode(), source, str(error)))
+                    continue
+                chunk = _members(key, data, job.settings, rows[len(keys)], offset)
+                file.write(chunk)
+                digest.update(chunk)
+                head = head or chunk[:BLOCK]
+                offset += len(chunk)
+                keys.append(key)
+            file.write(format.TAR_END)
+            digest.update(format.TAR_END)
+        report(len(job.keys) % TICK)
+        head_crc32 = zlib.crc32(head or format.TAR_END[:BLOCK])
+        rows["shard"] = job.shard
+        part = parts.Part(
+            rows[: len(keys)], keys, offset + len(format.TAR_END), digest.hexdigest(), head_crc32, job.digest, skipped
+        )
+        parts.write_part(job.out, job.shard, part)
+
+
+def _members(key: bytes, pcm, settings: plan.Settings, row: np.void, offset: int) -> bytes:
+    """The two members of an utterance, and its row filled in. offset: where they begin in the tar, bytes."""
+    speaker = key.split(b"/", 1)[0]
+    head = format.tar_header(key + b".spk", len(speaker)) + speaker + format.padding(len(speaker))
+    if settings.codec == "wav":
+        riff, payload = format.wav_header(len(pcm) // 2, settings.sample_rate), pcm
+    else:
+        riff, payload = b"", audio.encode_flac(pcm, settings.sample_rate)
+    size = len(riff) + len(payload)
+    row["offset"] = offset + len(head) + BLOCK + len(riff)
+    row["nbytes"] = len(payload)
+    row["samples"] = len(pcm) // 2
+    row["crc32"] = zlib.crc32(payload)
+    row["key_check"] = format.crc16(key)
+    name = key + b"." + settings.codec.encode()
+    return b"".join([head, format.tar_header(name, size), riff, payload, format.padding(size)])
+
+
+class _no_room:
+    """Turns `no space left on device` into what to do about it."""
+
+    def __init__(self, out: Path):
+        self.out = out
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise ShardError(
+                f"no room left in {self.out} ({error.strerror}): the finished tars are kept; "
+                "make room and run the same command again"
+            ) from None
+
+
+def parse_task(text: str) -> tuple[int, int]:
+    """`3/16` -> (3, 16). Raises ShardError unless 0 <= i < n."""
+    numbers = text.split("/")
+    if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or int(numbers[0]) >= int(numbers[1]):
+        raise ShardError(f"--task {text}: expected i/n with i from 0 to n - 1, for instance 0/16")
+    return int(numbers[0]), int(numbers[1])
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "python -m shards.pack", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    p.add_argument("--list", help="lines `speaker path`; path may be ARCHIVE.zip::member or ARCHIVE.tar::member")
+    p.add_argument("--root", default=".", help="folder that the paths start from")
+    p.add_argument("--out", required=True, help="folder of the packed data set")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    p.add_argument("--codec", choices=format.CODECS, default="wav", help="flac: about half the size, far slower crops")
+    p.add_argument(
+        "--convert", action="store_true", help="average channels, resample and round to 16 bits what needs it"
+    )
+    p.add_argument("--sample-rate", type=int, default=16000, help="Hz")
+    p.add_argument("--shard-bytes", type=int, default=2**30, help="about the size of a tar")
+    p.add_argument("--seed", type=int, default=0, help="of the order of speakers and utterances")
+    p.add_argument("--append", action="store_true", help="add new speakers and utterances to OUT; labels stay")
+    p.add_argument(
+        "--skip-bad", metavar="FILE", help="leave unreadable audio out and list it, with the reason, in FILE"
+    )
+    p.add_argument("--task", metavar="I/N", help="write only every N-th tar, from the I-th; --merge when all are done")
+    p.add_argument("--merge", action="store_true", help="make the index of OUT from its parts")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        if args.merge:
+            parts.merge(Path(args.out), args.skip_bad)
+        else:
+            _main_pack(args)
+    except (ShardError, FileNotFoundError, PermissionError) as error:
+        print(f"pack: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _main_pack(args: argparse.Namespace) -> None:
+    if args.list is None:
+        raise ShardError("--list is missing: a file of lines `speaker path` (or --merge, to make the index only)")
+    task = parse_task(args.task) if args.task else None
+    names = ("seed", "shard_bytes", "codec", "convert", "workers", "append", "skip_bad", "sample_rate")
+    options = {name: getattr(args, name) for name in names}
+    written = pack(plan.read_list(args.list, args.root), args.out, task=task, **options)
+    print(f"{args.out}: {written} utterances written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Part files, the commit records of the packer, and the index made from them alone.
+
+    parts/plan-GGG.npz   sizes and identity of the list of pack GGG (000: the first, later ones: --append)
+    parts/NNNNNN.npz     of tar NNNNNN: rows, keys and speakers in the order of the tar, its size and sha256, the plan's digest, what
+                         was left out. It is written after the tar: a tar without its part is packed again
+
+Everything in index/ is a function of the parts, labels included, so a merge that is killed loses nothing.
+
+Usage: merge(Path("shards/vox2"))
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from shards import format, index, plan
+from shards.format import ROW, ShardError
+
+
+@dataclass
+class Part:
+    """What a part file holds. rows: (n,) ROW; keys: n byte strings; skipped: (key, source, reason) of each bad file."""
+
+    rows: np.ndarray
+    keys: list[bytes] | np.ndarray
+    filesize: int
+    sha256: str
+    head_crc32: int
+    digest: str
+    skipped: list[tuple[str, str, str]]
+
+
+def part_path(out: Path, shard: int) -> Path:
+    return out / "parts" / f"{shard:06d}.npz"
+
+
+def write_part(out: Path, shard: int, part: Part) -> None:
+    keys = np.array(part.keys, "S") if len(part.keys) else np.empty(0, "S1")
+    path = part_path(out, shard)
+    format.remove_leftovers(path.parent, path.name)
+    with format.atomic_write(path) as file:
+        np.savez(
+            file,
+            rows=part.rows,
+            keys=keys,
+            speakers=np.unique([key.split(b"/", 1)[0] for key in part.keys] or np.empty(0, "S1")),
+            filesize=np.int64(part.filesize),
+            sha256=np.array(part.sha256),
+            head_crc32=np.int64(part.head_crc32),
+            digest=np.array(part.digest),
+            skipped=np.array(part.skipped or np.empty((0, 3)), str),
+        )
+
+
+def read_part(out: Path, shard: int) -> Part:
+    """Raises ShardError where the part is missing or damaged."""
+    path = part_path(out, shard)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            skipped = [tuple(line) for line in file["skipped"].tolist()]
+            part = Part(
+                file["rows"],
+                file["keys"],
+                int(file["filesize"]),
+                str(file["sha256"]),
+                int(file["head_crc32"]),
+                str(file["digest"]),
+                skipped,
+            )
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing: tar {shard} is not packed yet") from None
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ShardError(f"{path} is damaged ({error}); delete it and run the same pack again") from None
+    if part.rows.dtype != ROW or len(part.rows) != len(part.keys):
+        raise ShardError(f"{path} is damaged: {len(part.rows)} rows, {len(part.keys)} keys; delete it and pack again")
+    return part
+
+
+def _records(out: Path) -> list[Path]:
+    return sorted((out / "parts").glob("plan-*.npz"))
+
+
+def generation_to_write(out: Path, entries: plan.Entries, settings: plan.Settings, append: bool) -> plan.Settings:
+    """The settings with the number of the pack and of its first tar: a new one, or the one that this list has begun.
+
+    Raises ShardError where OUT holds what does not go together with this list.
+    """
+    records = _records(out)
+    if not append:
+        return settings
+    if not records:
+        raise ShardError(f"{out} holds no data set to append to; pack without --append")
+    last = len(records) - 1
+    begun = replace(settings, generation=last, first_shard=plan.read_record(records[last]).first_shard)
+    if last and plan.list_identity(entries, begun) == plan.read_record(records[last]).identity:
+        return begun
+    meta = index.read_meta(out)
+    if meta["shardlist"][-1]["generation"] != last:
+        raise ShardError(f"{out}: an --append with another list is unfinished; run that one to its end first")
+    if (meta["sample_rate"], meta["codec"]) != (settings.sample_rate, settings.codec):
+        raise ShardError(
+            f"{out} holds {meta['sample_rate']} Hz {meta['codec']}, asked for {settings.sample_rate} Hz "
+            f"{settings.codec}: append the same, or pack to another folder"
+        )
+    known = np.isin(entries.keys, index.open_index(out).keys)
+    if known.any():
+        first = entries.keys[known][0].decode()
+        raise ShardError(f"{known.sum()} of the keys are in {out} already, the first: {first!r}; list only new ones")
+    return replace(settings, generation=last + 1, first_shard=len(meta["shardlist"]))
+
+
+def merge(out: str | Path, skip_bad: str | Path | None = None) -> None:
+    """Makes OUT/index and OUT/SHA256SUMS from all parts; skip_bad: where to list what was left out.
+
+    Raises ShardError while a tar or a part is missing, or where parts come from different plans.
+    """
+    out = Path(out)
+    if not _records(out):
+        raise ShardError(f"{out}/parts holds no plan; pack something first")
+    rows, keys, shards, skipped, sums = [], [], [], [], []
+    settings = plan.Settings()
+    for generation, record in enumerate(_records(out)):
+        made = plan.read_record(record)
+        settings = replace(settings, sample_rate=made.sample_rate, codec=made.codec)
+        sums.append((format.sha256_file(record), f"parts/{record.name}"))
+        _check_complete(out, made)
+        for shard in range(made.first_shard, made.first_shard + made.n_shards):
+            part = read_part(out, shard)
+            _check_part(out, shard, part, made.digest)
+            rows.append(part.rows)
+            keys.append(part.keys)
+            skipped += part.skipped
+            sums.append((format.sha256_file(part_path(out, shard)), f"parts/{shard:06d}.npz"))
+            shards.append(_entry(shard, part, generation))
+    rows, keys = np.concatenate(rows), np.concatenate(keys)
+    if not len(rows):
+        raise ShardError(f"{out}: every utterance was left out as bad, the first: {skipped[0][2]}")
+    order = np.argsort(keys, kind="stable")
+    rows, keys = rows[order], keys[order]
+    twice = np.flatnonzero(keys[1:] == keys[:-1])
+    if len(twice):
+        raise ShardError(f"{out}: key {keys[twice[0]].decode()!r} is packed twice, by different --append")
+    format.remove_leftovers(out)
+    format.remove_leftovers(out / "parts")
+    if skip_bad is not None:
+        with format.atomic_write(skip_bad) as file:
+            file.write("".join("\t".join(line) + "\n" for line in sorted(skipped)).encode("utf-8", "surrogateescape"))
+    index.write_index(out, rows, keys, shards, settings, len(skipped), tuple(sums))
+
+
+def _entry(shard: int, part: Part, generation: int) -> dict:
+    return {
+        "url": index.tar_name(shard),
+        "nsamples": len(part.rows),
+        "filesize": part.filesize,
+        "sha256": part.sha256,
+        "head_crc32": part.head_crc32,
+        "generation": generation,
+    }
+
+
+def _check_complete(out: Path, made: plan.Record) -> None:
+    numbers = range(made.first_shard, made.first_shard + made.n_shards)
+    missing = [s for s in numbers if not part_path(out, s).exists()]
+    if missing:
+        named = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        raise ShardError(
+            f"{out}: {len(missing)} of {made.n_shards} tars are not packed yet ({named}); run their --task, then --merge again"
+        )
+
+
+def _check_part(out: Path, shard: int, part: Part, digest: str) -> None:
+    if part.digest != digest:
+        raise ShardError(
+            f"{part_path(out, shard)} belongs to another plan; run the same pack (or --task) again, which packs that tar anew"
+        )
+    path = out / index.tar_name(shard)
+    size = path.stat().st_size if path.exists() else None
+    if size != part.filesize:
+        found = "no such file" if size is None else f"{size} bytes"
+        raise ShardError(f"{path}: found {found}, its part says {part.filesize} bytes; run the same pack again")

@@ -1,0 +1,399 @@
+"""Crops from packed shards, by row: one pread of just the bytes of the crop, straight into the batch.
+
+A batch is sorted by (tar, offset), announced to the kernel (posix_fadvise WILLNEED, which halves cold reads), then read. Tars are
+never mapped; at most 256 are open in a process, and a forked process opens its own. A tar's size and first header are checked at
+its first touch, a row's CRC at every use, the length at every read, the crc32 of the audio when a whole utterance is read. A crop
+of WAV shards cannot be checked against a sum of the whole: `python -m shards.verify` does that.
+
+Usage: utterances = open_shards("shards/vox2"); utterances.read_batch(rows, starts, out)  # out: (len(rows), samples) int16
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from shards import audio, format, index, union
+from shards.cache import Cache
+from shards.format import BLOCK, ShardError
+
+MAX_OPEN = 256  # files of a process
+RECHECK_SECONDS = 10.0  # between two looks whether a cached copy has come to be
+
+
+def open_shards(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    cache_dir: str | Path | None = None,
+    cache_gib: float = 0.0,
+    unite_speakers: bool = False,
+) -> Utterances:
+    """Opens one packed data set or several. With several, speakers are `FOLDER/SPEAKER` unless unite_speakers joins equal names.
+
+    cache_dir: node-local folder that tars are copied to, up to cache_gib GiB (0: no limit). Raises ShardError.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not paths:
+        raise ShardError("no data set given; expected the folder of at least one")
+    return Utterances([Path(path) for path in paths], cache_dir, cache_gib, unite_speakers)
+
+
+def open_files(list_path: str | Path, root: str | Path, sample_rate: int = 16000) -> Utterances:
+    """Loose WAV or FLAC files, lines `speaker path`, through the same interface. Every file's header is read; errors name the line."""
+    from shards.loose import LooseUtterances  # it builds on this module
+
+    return LooseUtterances(list_path, root, sample_rate)
+
+
+class Names(Sequence):
+    """Byte strings of an array as text, decoded when asked for. array: (n,) S."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [name.decode() for name in self.array[i].tolist()]
+        return bytes(self.array[i]).decode()
+
+
+class Utterances:
+    """N utterances of S speakers; the rows of a speaker are contiguous.
+
+    sample_rate: Hz; speakers: S names; labels: (S,) u32; speaker_rows: (S + 1,) u64, rows of speaker s are [p[s], p[s + 1]);
+    samples: (N,) lengths in PCM samples; fingerprint: hex, of names, lengths, content and labels, not of paths.
+    Picklable, and usable in forked processes and in threads.
+    """
+
+    def __init__(self, paths: list[Path], cache_dir=None, cache_gib: float = 0.0, unite_speakers: bool = False):
+        self._arguments = (paths, cache_dir, cache_gib, unite_speakers)
+        self._indexes = [index.open_index(path, cache_dir) for path in paths]
+        joined = union.join(self._indexes, unite_speakers)
+        self.sample_rate: int = self._indexes[0].sample_rate
+        self.speakers: Sequence[str] = Names(joined.speakers)
+        self.labels: np.ndarray = joined.labels
+        self.speaker_rows: np.ndarray = joined.speaker_rows
+        self.samples: np.ndarray = joined.samples
+        self.fingerprint: str = joined.fingerprint
+        self._first_row = joined.first_row  # (sets + 1,)
+        self._order = joined.order  # None, or (N,) the row of the sets laid end to end
+        self._first_shard = np.cumsum([0] + [len(i.urls) for i in self._indexes])
+        self._files = _Files(self._indexes, Cache(cache_dir, cache_gib) if cache_dir is not None else None)
+
+    def __getstate__(self):
+        return {"arguments": self._arguments, "fingerprint": self.fingerprint}
+
+    def __setstate__(self, state):
+        self.__init__(*state["arguments"])
+        if self.fingerprint != state["fingerprint"]:
+            raise ShardError(f"{self._arguments[0]}: the data set has changed since the run began; start the run again")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def key(self, row: int) -> str:
+        """The key of a row, as it was packed."""
+        where, row = self._place(row)
+        opened = self._indexes[where]
+        key = bytes(opened.keys[row])
+        if format.crc16(key) != opened.rows["key_check"][row]:
+            raise ShardError(f"{opened.folder}/index: key {row}, {key!r}, is damaged; {format.REMAKE}")
+        return key.decode()
+
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """(n,) int64 rows of keys, -1 where there is none. Raises ShardError where a key stands in two of several sets."""
+        names = [key.encode("utf-8", "surrogateescape") for key in keys]
+        found = np.full(len(names), -1, np.int64)
+        for first, opened in zip(self._first_row.tolist(), self._indexes):
+            rows = _search(opened, names)
+            twice = np.flatnonzero((rows >= 0) & (found >= 0))
+            if len(twice):
+                raise ShardError(f"key {keys[twice[0]]!r} stands in several of the data sets; ask one at a time")
+            found = np.where(rows >= 0, rows + first, found)
+        if self._order is not None:
+            found = np.where(found >= 0, self._inverse()[found], -1)
+        return found
+
+    def read_utterance(self, row: int) -> np.ndarray:
+        """(samples,) int16, the whole utterance, checked against its crc32. Raises ShardError."""
+        table = self._rows(np.array([row]))
+        entry = table[0]
+        data = self._payload(entry, row)
+        if self._codec(entry) == "wav":
+            return np.frombuffer(data, "<i2").astype(np.int16, copy=False)
+        samples = np.empty(int(entry["samples"]), np.int16)
+        self._decode(data, 0, samples, row)
+        return samples
+
+    def read_batch(self, rows: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
+        """Fills out[i] with the samples of utterance rows[i] from starts[i] on.
+
+        rows, starts: (n,) integers; out: (n, samples) int16, C-contiguous. An utterance shorter than the crop is
+        repeated, from `start` taken modulo its length. Raises ShardError for damage, ValueError for a crop out of bounds.
+        """
+        rows, starts = np.asarray(rows, np.int64), np.asarray(starts, np.int64)
+        if out.dtype != np.int16 or out.ndim != 2 or len(out) != len(rows) or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}, expected contiguous int16 ({len(rows)}, samples)")
+        self._read(rows, starts, out)
+
+    def _read(self, rows: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
+        table = self._rows(rows)
+        check_bounds(rows, starts, table["samples"].astype(np.int64), out.shape[1])
+        direct = (table["samples"] >= out.shape[1]) & self._is_wav(table)
+        self._read_crops(table, rows, starts, out, np.flatnonzero(direct))
+        for i in np.flatnonzero(~direct).tolist():
+            self._read_other(table[i], int(rows[i]), int(starts[i]), out[i])
+
+    def _read_crops(self, table, rows, starts, out, chosen) -> None:
+        """The hot path: crops that lie in WAV members as they are."""
+        offsets = (table["offset"] + 2 * starts.astype(np.uint64))[chosen]
+        shards = table["shard"][chosen]
+        order = np.lexsort((offsets, shards))
+        chosen, shards, offsets = chosen[order].tolist(), shards[order].tolist(), offsets[order].tolist()
+        nbytes = 2 * out.shape[1]
+        target = memoryview(out.reshape(-1)).cast("B") if out.size else memoryview(b"")
+        # No more rows at a time than files may be open: what was announced is still open when it is read.
+        for a in range(0, len(chosen), MAX_OPEN):
+            b = min(a + MAX_OPEN, len(chosen))
+            with self._files.lock() as opened:
+                fds = [opened(shard) for shard in shards[a:b]]
+                for fd, offset in zip(fds, offsets[a:b]):
+                    os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+                for fd, offset, i in zip(fds, offsets[a:b], chosen[a:b]):
+                    found = os.preadv(fd, (target[i * nbytes : (i + 1) * nbytes],), offset)
+                    if found != nbytes:
+                        self._raise_short(table[i], int(rows[i]), found, nbytes)
+        if not _LITTLE_ENDIAN:
+            out[chosen] = out[chosen].byteswap()
+
+    def _read_other(self, entry: np.void, row: int, start: int, out: np.ndarray) -> None:
+        """A crop of a FLAC member, or of an utterance that must be repeated."""
+        samples, length = int(entry["samples"]), len(out)
+        if samples >= length:
+            self._decode(self._payload(entry, row), start, out, row)
+        else:
+            whole = self.read_utterance(row)
+            out[:] = np.resize(np.roll(whole, -(start % samples)), length)
+
+    def _payload(self, entry: np.void, row: int) -> bytes:
+        shard, nbytes = int(entry["shard"]), int(entry["nbytes"])
+        with self._files.lock() as opened:
+            data = os.pread(opened(shard), nbytes, int(entry["offset"]))
+        if len(data) != nbytes:
+            self._raise_short(entry, row, len(data), nbytes)
+        found = zlib.crc32(data)
+        if found != entry["crc32"]:
+            raise ShardError(
+                f"{self._files.path(shard)}: utterance {self.key(row)}: crc32 {found:08x}, expected {entry['crc32']:08x}: "
+                "the audio is damaged; pack it again (`python -m shards.verify` lists all that is)"
+            )
+        return data
+
+    def _decode(self, data: bytes, start: int, out: np.ndarray, row: int) -> None:
+        try:
+            audio.decode_flac(data, start, len(out), out)
+        except ShardError as error:
+            raise ShardError(f"utterance {self.key(row)}: {error}; pack it again") from None
+
+    def _raise_short(self, entry: np.void, row: int, found: int, expected: int) -> None:
+        raise ShardError(
+            f"{self._files.path(int(entry['shard']))}: utterance {self.key(row)}: found {found} bytes, expected {expected}: "
+            "the tar has been cut since it was opened; copy or pack it again"
+        )
+
+    def _is_wav(self, table: np.ndarray) -> np.ndarray:
+        if len(self._indexes) == 1:
+            return np.full(len(table), self._indexes[0].codec == "wav")
+        wav = np.array([i.codec == "wav" for i in self._indexes])
+        return wav[np.searchsorted(self._first_shard, table["shard"], "right") - 1]
+
+    def _codec(self, entry: np.void) -> str:
+        return self._indexes[int(np.searchsorted(self._first_shard, entry["shard"], "right")) - 1].codec
+
+    def _inverse(self) -> np.ndarray:
+        inverse = np.empty(len(self._order), np.int64)
+        inverse[self._order] = np.arange(len(self._order))
+        return inverse
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """(set, row in that set) of a row."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row}, there are {len(self)}")
+        if self._order is not None:
+            row = int(self._order[row])
+        where = int(np.searchsorted(self._first_row, row, "right")) - 1
+        return where, row - int(self._first_row[where])
+
+    def _rows(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) ROW, checked, with the tars of all sets numbered through."""
+        check_rows(rows, len(self))
+        if len(self._indexes) == 1:
+            return _checked(self._indexes[0], rows)
+        if self._order is not None:
+            rows = self._order[rows]
+        where = np.searchsorted(self._first_row, rows, "right") - 1
+        table = np.empty(len(rows), format.ROW)
+        for i in np.unique(where).tolist():
+            mask = where == i
+            part = _checked(self._indexes[i], rows[mask] - self._first_row[i])
+            part["shard"] += np.uint32(self._first_shard[i])
+            table[mask] = part
+        return table
+
+
+def check_rows(rows: np.ndarray, n: int) -> None:
+    """Raises IndexError where a row is not one of n."""
+    if len(rows) and not (rows.min() >= 0 and rows.max() < n):
+        raise IndexError(f"rows from {rows.min()} to {rows.max()}, there are {n}")
+
+
+def check_bounds(rows: np.ndarray, starts: np.ndarray, samples: np.ndarray, length: int) -> None:
+    """Raises ValueError naming the first crop that its utterance does not hold; shorter utterances hold any crop."""
+    outside = (starts < 0) | ((samples >= length) & (starts + length > samples))
+    if outside.any():
+        i = int(outside.argmax())
+        raise ValueError(f"row {rows[i]} has {samples[i]} samples; no crop of {length} from {starts[i]}")
+
+
+_LITTLE_ENDIAN = np.dtype("<i2") == np.dtype(np.int16)
+
+
+def _checked(opened: index.Index, rows: np.ndarray) -> np.ndarray:
+    table = np.take(opened.rows, rows)
+    wrong = format.row_checks(table) != table["row_check"]
+    wrong |= (table["shard"] >= len(opened.urls)) | (table["samples"] == 0)
+    if not wrong.any():
+        wrong = table["offset"] + table["nbytes"] > opened.filesizes[table["shard"]]
+        if opened.codec == "wav":
+            wrong |= table["nbytes"] != 2 * table["samples"]
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise ShardError(f"{opened.folder}/index/utterances.npy: row {rows[i]} is damaged; {format.REMAKE}")
+    return table
+
+
+def _search(opened: index.Index, names: list[bytes]) -> np.ndarray:
+    rows = search_sorted(opened.keys, names)
+    checks = opened.rows["key_check"][np.maximum(rows, 0)]
+    for name, row, check in zip(names, rows.tolist(), checks.tolist()):
+        if row >= 0 and format.crc16(name) != check:
+            raise ShardError(f"{opened.folder}/index/keys.npy: key {row}, {name!r}, is damaged; {format.REMAKE}")
+    return rows
+
+
+def search_sorted(keys: np.ndarray, names: list[bytes]) -> np.ndarray:
+    """(n,) int64 positions of names in sorted keys, -1 where there is none."""
+    # A name that is wider than the keys would make numpy copy all keys to its width.
+    width = keys.dtype.itemsize
+    fits = np.array([len(name) <= width and b"\0" not in name for name in names], bool)
+    wanted = np.array([name if ok else b"" for name, ok in zip(names, fits)], keys.dtype)
+    rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(fits & (keys[rows] == wanted), rows, -1)
+
+
+class _Files:
+    """The open tars of a process: at most MAX_OPEN, the least recently used closed first."""
+
+    def __init__(self, indexes: list[index.Index], cache: Cache | None):
+        self._entries = [(i.folder / entry["url"], entry) for i in indexes for entry in i.meta["shardlist"]]
+        self._cache = cache
+        self._fds: OrderedDict[int, int] = OrderedDict()
+        self._at_source: set[int] = set()
+        self._looked = 0.0
+        self._pid, self._lock = os.getpid(), threading.Lock()
+
+    def path(self, shard: int) -> Path:
+        return self._entries[shard][0]
+
+    def lock(self) -> _Opened:
+        """A context in which open files stay open; its value opens a tar: shard -> file descriptor."""
+        if self._pid != os.getpid():
+            # The parent's lock may be held for ever in a forked child; its descriptors are the child's own copies.
+            self._pid, self._lock = os.getpid(), threading.Lock()
+            self._close_all()
+        return _Opened(self)
+
+    def _close_all(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        self._at_source.clear()
+
+    def __del__(self):
+        if self._pid == os.getpid():
+            self._close_all()
+
+    def fd(self, shard: int) -> int:
+        fd = self._fds.get(shard)
+        if fd is not None:
+            self._fds.move_to_end(shard)
+            return fd
+        while len(self._fds) >= MAX_OPEN:
+            os.close(self._fds.popitem(last=False)[1])
+        path, entry = self._entries[shard]
+        if self._cache is not None:
+            chosen = self._cache.tar(path, entry)
+            (self._at_source.add if chosen == path else self._at_source.discard)(shard)
+            path = chosen
+        fd = self._fds[shard] = _open_tar(path, entry)
+        return fd
+
+    def look_for_copies(self) -> None:
+        """Drops the descriptors of sources whose copy has come to be, at most every RECHECK_SECONDS."""
+        if not self._at_source or time.monotonic() < self._looked + RECHECK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for shard in list(self._at_source):
+            path, entry = self._entries[shard]
+            if self._cache.tar(path, entry) != path:
+                self._at_source.discard(shard)
+                if shard in self._fds:
+                    os.close(self._fds.pop(shard))
+
+
+class _Opened:
+    def __init__(self, files: _Files):
+        self._files = files
+
+    def __enter__(self):
+        self._files._lock.acquire()
+        self._files.look_for_copies()
+        return self._files.fd
+
+    def __exit__(self, *error):
+        self._files._lock.release()
+
+
+def _open_tar(path: Path, entry: dict) -> int:
+    """Opens a tar whose size and first header are those of the index. Raises ShardError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ShardError(
+            f"{path} is missing; index.json lists it with {entry['filesize']} bytes; copy or pack it again"
+        ) from None
+    try:
+        size = os.fstat(fd).st_size
+        if size != entry["filesize"]:
+            raise ShardError(
+                f"{path}: found {size} bytes, index.json says {entry['filesize']}: cut, swapped, or the index is stale; "
+                "copy or pack it again"
+            )
+        if zlib.crc32(os.pread(fd, BLOCK, 0)) != entry["head_crc32"]:
+            raise ShardError(
+                f"{path}: its first header is not the one in index.json: damaged, or another tar of the same size; copy or pack it again"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
