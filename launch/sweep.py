@@ -1,0 +1,224 @@
+"""A sweep: many runs that differ in a few options, as one SLURM array, at most K at once.
+
+    python -m launch.sweep SWEEP.yaml [--dir runs/NAME] [--at-once K] [--dry-run] [--nodes ... as launch.submit]
+                           [-- --data.train_shards shards/a ... options of every run]
+
+    recipe: fast_resnet34_angleproto         a recipe's name or a YAML file
+    options: {data.train_shards: shards/a}   options of every run
+    cluster: {gpus-per-node: 4, hours: 24}   as launch.submit's; the command line beats them
+    at-once: 8
+    grid:                                    every combination of the axes ...
+      train.seed: [0, 1, 2]
+      loss:                                  ... of which a value may set several options
+        - {loss.name: angleproto}
+        - {loss.name: ge2e, data.utterances_per_speaker: 3}
+    runs: [{optim.lr: 0.01}, {optim.lr: 0.001}]   or a list of runs; with a grid, each of them gets the whole grid
+
+A run's name says what varies. The same command again submits what is missing or failed, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch import submit
+from launch.status import aligned, run_status, slurm_jobs
+from launch.submit import SubmitError
+from spknet.config import ConfigError
+from spknet.run import write_json
+
+SWEEPS = Path(__file__).parent / "sweeps"
+KEYS = ("recipe", "options", "cluster", "at-once", "grid", "runs")
+SHORT = {"data.utterances_per_speaker": "M", "data.speakers_per_batch": "N", "data.crop_seconds": "crop"}
+
+
+@dataclass
+class Run:
+    """One run of a sweep: its name, the options that make it differ, and spknet.train's words."""
+
+    name: str
+    overrides: dict[str, Any]
+    words: list[str]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0; 2 for a sweep that cannot be submitted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweep", help="a YAML file, or the name of an installed sweep")
+    parser.add_argument("--dir", type=Path, help="folder of the sweep (runs/NAME OF THE FILE)")
+    parser.add_argument("--at-once", type=int, help="runs at once")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    submit.add_cluster_options(parser)
+    own, common = submit.split_words(sys.argv[1:] if argv is None else argv)
+    try:
+        path = sweep_path(parser.parse_args(own).sweep)
+        sweep = read_sweep(path)
+        set_defaults(parser, sweep, path)
+        options = parser.parse_args(own)
+        folder = options.dir or Path("runs") / path.stem
+        return _go(plan(sweep, common), folder.absolute(), options)
+    except (SubmitError, ConfigError) as error:
+        print(f"launch.sweep: {error}", file=sys.stderr)
+        return 2
+
+
+def _go(runs: list[Run], folder: Path, options: argparse.Namespace) -> int:
+    workers = max(check_run(run, folder, options).data.workers for run in runs)
+    known = slurm_jobs()
+    states = {run.name: run_status(folder / run.name, known).state for run in runs}
+    wanted = [run for run in runs if states[run.name] in ("missing", "failed")]
+    print(aligned([("run", "state", "")] + [(r.name, states[r.name], "submit" if r in wanted else "") for r in runs]))
+    note_changed(runs, folder)
+    if options.dry_run:
+        print(f"\n{len(wanted)} of {len(runs)} runs would be submitted, {options.at_once} at once, for example\n")
+        print("python -m spknet.train " + " ".join((wanted or runs)[0].words))
+        return 0
+    if not wanted:
+        print("nothing to submit")
+        return 0
+    submit.check_cluster(options)
+    submit.writable_folder(folder)
+    tasks = [submit.make_task(run.words, submit.writable_folder(folder / run.name), options) for run in wanted]
+    write_json(folder / "sweep.json", {"runs": {r.name: {"overrides": r.overrides, "words": r.words} for r in runs}})
+    jobs = queue(tasks, options, folder, workers)
+    print(f"{len(wanted)} of {len(runs)} runs submitted, {options.at_once} at once: job {jobs[0].job_id.split('_')[0]}")
+    print(f"state   python -m launch.status {folder} --watch\nresults python -m launch.results {folder}")
+    return 0
+
+
+def queue(tasks: list, options: argparse.Namespace, folder: Path, workers: int) -> list:
+    """One SLURM array; on this machine, which has no queue, one after another with `at_once` of them alive."""
+    if options.executor == "slurm":
+        return submit.submit(tasks, options, folder.name, folder / "jobs", workers, options.at_once)
+    jobs = []
+    for task in tasks:
+        while sum(not job.done() for job in jobs) >= options.at_once:
+            time.sleep(1)
+        jobs += submit.submit([task], options, folder.name, folder / "jobs", workers)
+        if options.executor == "debug":
+            submit.wait_in_process(jobs[-1:])
+    return jobs
+
+
+def sweep_path(name: str) -> Path:
+    """A file, or an installed sweep's name. Raises SubmitError naming those there are."""
+    for path in (Path(name), SWEEPS / f"{name.removesuffix('.yaml')}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(p.stem for p in SWEEPS.glob("*.yaml"))
+    raise SubmitError(f"{name}: no such file and no such sweep; installed sweeps: {', '.join(names)}")
+
+
+def read_sweep(path: Path) -> dict:
+    """The YAML file as a dict. Raises SubmitError for what is not a sweep."""
+    try:
+        sweep = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise SubmitError(f"{path} is not YAML: {error}") from None
+    if not isinstance(sweep, dict) or not (sweep.get("grid") or sweep.get("runs")):
+        raise SubmitError(f"{path}: expected `grid:` (options with lists of values) or `runs:` (a list of options)")
+    unknown = [key for key in sweep if key not in KEYS]
+    if unknown:
+        raise SubmitError(f"{path}: unknown key {unknown[0]!r}; expected {', '.join(KEYS)}")
+    flat = [k for k, values in (sweep.get("grid") or {}).items() if not isinstance(values, list) or not values]
+    if flat:
+        raise SubmitError(f"{path}: grid: {flat[0]}: expected a list of values")
+    return sweep
+
+
+def set_defaults(parser: argparse.ArgumentParser, sweep: dict, path: Path) -> None:
+    """The file's `cluster:` and `at-once:` become the defaults of the command line."""
+    given = {key.replace("-", "_"): value for key, value in (sweep.get("cluster") or {}).items()}
+    known = vars(parser.parse_args(["x"]))
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise SubmitError(
+            f"{path}: cluster: unknown option {unknown[0]!r}; `python -m launch.submit --help` lists them"
+        )
+    parser.set_defaults(**{"at_once": sweep.get("at-once", 8), **given})
+
+
+def plan(sweep: dict, common: list[str]) -> list[Run]:
+    """Every run of the sweep, in the order of the file; `common` are words of every run, beaten by what varies.
+
+    Raises SubmitError where two runs would have one name.
+    """
+    axes = [[as_options(key, value) for value in values] for key, values in (sweep.get("grid") or {}).items()]
+    listed = sweep.get("runs") or [{}]
+    combined = [
+        {k: v for part in (one, *cell) for k, v in part.items()} for one in listed for cell in itertools.product(*axes)
+    ]
+    runs = []
+    for overrides in combined:
+        words = ["--config", str(sweep["recipe"])] if sweep.get("recipe") else []
+        words += [word(k, v) for k, v in (sweep.get("options") or {}).items()] + common
+        words += [word(k, v) for k, v in overrides.items()]
+        runs.append(Run(run_name(overrides, combined), overrides, words))
+    names = [run.name for run in runs]
+    double = [name for name in names if names.count(name) > 1]
+    if double:
+        raise SubmitError(f"two runs are called {double[0]}: they differ in nothing that a name can show")
+    return runs
+
+
+def as_options(key: str, value: Any) -> dict[str, Any]:
+    """A value of an axis as options: itself a mapping of options, or the value of the option `key`."""
+    return value if isinstance(value, dict) else {key: value}
+
+
+def word(key: str, value: Any) -> str:
+    """`--key=value` as spknet.train reads it."""
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def run_name(overrides: dict[str, Any], every: list[dict[str, Any]]) -> str:
+    """`loss=angleproto,M=2,seed=0`: the options that vary over the sweep, as far as this run sets them."""
+    varying = [k for k in overrides if len({json.dumps(other.get(k, "-")) for other in every}) > 1]
+    parts = [f"{short(k)}={_plain(overrides[k])}" for k in varying]
+    return ",".join(parts) or "run"
+
+
+def short(key: str) -> str:
+    """The last word of an option, or the group's for `loss.name`; N, M and crop for the field's three usual ones."""
+    group, _, last = key.rpartition(".")
+    return SHORT.get(key) or (group if last == "name" else last)
+
+
+def _plain(value: Any) -> str:
+    text = Path(value).name if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")[:60]
+
+
+def check_run(run: Run, folder: Path, options: argparse.Namespace):
+    """The run's Config; an error names the run."""
+    try:
+        return submit.checked_config([*run.words, "--run_dir", str(folder / run.name)], options)
+    except (ConfigError, SubmitError) as error:
+        raise SubmitError(f"run {run.name}: {error}") from None
+
+
+def note_changed(runs: list[Run], folder: Path) -> None:
+    """Say which runs were submitted with other options than the file has now: they are not run again."""
+    path = folder / "sweep.json"
+    before = json.loads(path.read_text())["runs"] if path.exists() else {}
+    for run in runs:
+        if run.name in before and before[run.name]["words"] != run.words:
+            print(
+                f"note: {run.name} was submitted with other options; give another --dir, or remove {folder / run.name}"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
