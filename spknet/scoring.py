@@ -1,0 +1,125 @@
+"""Scores of trials from embeddings, block by block: memory does not grow with the number of trials.
+
+    cosine          e.t / |e||t| of utterance vectors: the mean of an utterance's length-normalised crops; of a model, the
+                    mean of its utterances' vectors; optionally minus the cohort's mean
+    mean_distance   minus the mean over all pairs of crops of ||a - b + 1e-6|| (voxceleb_trainer; the 1e-6 is torch's)
+    AS-norm         1/2 [(s - mu_e)/sd_e + (s - mu_t)/sd_t], mean and deviation of each side's K highest cohort scores
+                    (Matejka et al. 2017)
+
+Each trial's score is computed from its own two rows alone, and swapping the sides gives the same bits.
+
+    scores = cosine(unit(vectors), left, right)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from spknet.trials import TrialError, Trials
+
+BLOCK = 4096  # trials of one block of cosines
+PAIRS = 64  # trials of one block of crop distances
+COHORT_BLOCK = 512  # utterances that meet the cohort at a time
+EPSILON = 1e-6  # of torch.nn.functional.pairwise_distance
+
+
+class ScoringError(ValueError):
+    """Scores cannot be computed as asked; the message says what would work."""
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Length-normalised along the last axis; rows of zeros stay zero. (..., D) -> (..., D)."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12).astype(rows.dtype)
+
+
+def vectors(embeddings: np.ndarray) -> np.ndarray:
+    """One vector an utterance: the mean of its length-normalised crops. (N, crops, D) -> (N, D)."""
+    return unit(embeddings).mean(axis=1)
+
+
+def enrol(trials: Trials, names: dict[str, int], rows: np.ndarray) -> np.ndarray:
+    """The left sides' vectors: a model's is the mean of its utterances'. names: row of each utterance -> (models, D)."""
+    out = np.empty((len(trials.models), rows.shape[1]), rows.dtype)
+    for i, model in enumerate(trials.models):
+        own = [names[u] for u in trials.utterances_of(model)]
+        out[i] = rows[own[0]] if len(own) == 1 else rows[own].mean(axis=0)
+    return out
+
+
+def cosine(left_rows: np.ndarray, right_rows: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Inner products of unit rows. left, right: (n,) indices into left_rows (A, D) and right_rows (B, D) -> (n,)."""
+    a, b = torch.from_numpy(left_rows), torch.from_numpy(right_rows)
+    i, j = (torch.from_numpy(np.ascontiguousarray(index, dtype=np.int64)) for index in (left, right))
+    out = torch.empty(len(i), dtype=a.dtype)
+    for start in range(0, len(i), BLOCK):
+        block = slice(start, start + BLOCK)
+        torch.sum(a.index_select(0, i[block]).mul_(b.index_select(0, j[block])), dim=1, out=out[block])
+    return out.numpy()
+
+
+def mean_distance(left_crops, right_crops, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Minus the mean distance between all pairs of crops. left_crops: (A, crops, D), or a list of (any crops, D) for models
+    of different numbers of utterances; right_crops: (B, crops, D); left, right: (n,) -> (n,).
+
+    With e = 1e-6: ||a - b + e||^2 = (|a|^2 + 2 e sum a + D e^2) + (|b|^2 - 2 e sum b) - 2 a.b, so a trial is one small matrix
+    product. Trials are taken in the order of their left sides, which then stay in the processor's cache.
+    """
+    if isinstance(left_crops, list):
+        out = np.empty(len(left), right_crops.dtype)
+        for i, own in enumerate(left_crops):
+            trials = np.flatnonzero(left == i)
+            out[trials] = mean_distance(own[None], right_crops, np.zeros(len(trials), np.int64), right[trials])
+        return out
+    a, b = torch.from_numpy(left_crops), torch.from_numpy(right_crops)
+    order = np.argsort(left, kind="stable")
+    i, j = (torch.from_numpy(index[order].astype(np.int64)) for index in (left, right))
+    norms_a = ((a * (a + 2 * EPSILON)).sum(-1) + a.shape[-1] * EPSILON**2).unsqueeze(2)  # (A, crops, 1)
+    norms_b = (b * (b - 2 * EPSILON)).sum(-1).unsqueeze(1)  # (B, 1, crops)
+    columns = b.transpose(1, 2)
+    out = torch.empty(len(i), dtype=a.dtype)
+    for start in range(0, len(i), PAIRS):
+        p, q = i[start : start + PAIRS], j[start : start + PAIRS]
+        squared = torch.baddbmm(norms_a[p] + norms_b[q], a[p], columns[q], alpha=-2)  # (block, crops, crops)
+        torch.mean(squared.clamp_(min=0).sqrt_().flatten(1), dim=1, out=out[start : start + PAIRS])
+    scores = np.empty(len(order), left_crops.dtype)
+    scores[order] = -out.numpy()
+    return scores
+
+
+def cohort_statistics(rows: np.ndarray, cohort: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each row's `top` highest cosines with the cohort. rows (N, D), cohort (C, D), both unit
+    -> two (N,) float64. Raises ScoringError where top does not fit the cohort or a deviation is zero."""
+    if not 2 <= top <= len(cohort):
+        raise ScoringError(
+            f"AS-norm over the top {top} of a cohort of {len(cohort)} speakers; give a number from 2 to {len(cohort)}"
+        )
+    mean, deviation = np.empty(len(rows)), np.empty(len(rows))
+    others = torch.from_numpy(cohort).T.contiguous()
+    for start in range(0, len(rows), COHORT_BLOCK):
+        scores = torch.from_numpy(rows[start : start + COHORT_BLOCK]) @ others
+        best = scores.topk(top, dim=1, sorted=False).values.double().numpy()
+        mean[start : start + COHORT_BLOCK] = best.mean(axis=1)
+        deviation[start : start + COHORT_BLOCK] = best.std(axis=1)
+    if not (deviation > 0).all():
+        raise ScoringError(
+            f"utterance {int(np.argmin(deviation))}: all {top} cohort scores are equal; is the cohort of one speaker?"
+        )
+    return mean, deviation
+
+
+def as_norm(scores, left_statistics, right_statistics, left, right) -> np.ndarray:
+    """Adaptive symmetric normalisation of (n,) scores, given each side's (mean, deviation) from cohort_statistics."""
+    (mean_e, deviation_e), (mean_t, deviation_t) = left_statistics, right_statistics
+    scores = np.asarray(scores, dtype=np.float64)
+    return 0.5 * ((scores - mean_e[left]) / deviation_e[left] + (scores - mean_t[right]) / deviation_t[right])
+
+
+def check_finite(scores: np.ndarray, trials: Trials) -> None:
+    """Raises TrialError naming the first trial whose score is not a finite number."""
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        raise TrialError(
+            f"{trials.describe(bad[0])}: the score is {scores[bad[0]]} (and {len(bad) - 1} more); expected a finite number:"
+            " did training diverge, or is an utterance silent?"
+        )
