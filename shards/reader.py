@@ -11,10 +11,7 @@ Usage: utterances = open_shards("shards/vox2"); utterances.read_batch(rows, star
 from __future__ import annotations
 
 import os
-import threading
-import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +19,8 @@ import numpy as np
 
 from shards import audio, format, index, union
 from shards.cache import Cache
-from shards.format import BLOCK, ShardError
-
-MAX_OPEN = 256  # files of a process
-RECHECK_SECONDS = 10.0  # between two looks whether a cached copy has come to be
+from shards.format import ShardError
+from shards.tars import MAX_OPEN, Tars
 
 
 def open_shards(
@@ -88,7 +83,7 @@ class Utterances:
         self._first_row = joined.first_row  # (sets + 1,)
         self._order = joined.order  # None, or (N,) the row of the sets laid end to end
         self._first_shard = np.cumsum([0] + [len(i.urls) for i in self._indexes])
-        self._files = _Files(self._indexes, Cache(cache_dir, cache_gib) if cache_dir is not None else None)
+        self._tars = Tars(self._indexes, Cache(cache_dir, cache_gib) if cache_dir is not None else None)
 
     def __getstate__(self):
         return {"arguments": self._arguments, "fingerprint": self.fingerprint}
@@ -165,7 +160,7 @@ class Utterances:
         # No more rows at a time than files may be open: what was announced is still open when it is read.
         for a in range(0, len(chosen), MAX_OPEN):
             b = min(a + MAX_OPEN, len(chosen))
-            with self._files.lock() as opened:
+            with self._tars.lock() as opened:
                 fds = [opened(shard) for shard in shards[a:b]]
                 for fd, offset in zip(fds, offsets[a:b]):
                     os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
@@ -187,14 +182,14 @@ class Utterances:
 
     def _payload(self, entry: np.void, row: int) -> bytes:
         shard, nbytes = int(entry["shard"]), int(entry["nbytes"])
-        with self._files.lock() as opened:
+        with self._tars.lock() as opened:
             data = os.pread(opened(shard), nbytes, int(entry["offset"]))
         if len(data) != nbytes:
             self._raise_short(entry, row, len(data), nbytes)
         found = zlib.crc32(data)
         if found != entry["crc32"]:
             raise ShardError(
-                f"{self._files.path(shard)}: utterance {self.key(row)}: crc32 {found:08x}, expected {entry['crc32']:08x}: "
+                f"{self._tars.path(shard)}: utterance {self.key(row)}: crc32 {found:08x}, expected {entry['crc32']:08x}: "
                 "the audio is damaged; pack it again (`python -m shards.verify` lists all that is)"
             )
         return data
@@ -207,7 +202,7 @@ class Utterances:
 
     def _raise_short(self, entry: np.void, row: int, found: int, expected: int) -> None:
         raise ShardError(
-            f"{self._files.path(int(entry['shard']))}: utterance {self.key(row)}: found {found} bytes, expected {expected}: "
+            f"{self._tars.path(int(entry['shard']))}: utterance {self.key(row)}: found {found} bytes, expected {expected}: "
             "the tar has been cut since it was opened; copy or pack it again"
         )
 
@@ -299,101 +294,3 @@ def search_sorted(keys: np.ndarray, names: list[bytes]) -> np.ndarray:
     wanted = np.array([name if ok else b"" for name, ok in zip(names, fits)], keys.dtype)
     rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(fits & (keys[rows] == wanted), rows, -1)
-
-
-class _Files:
-    """The open tars of a process: at most MAX_OPEN, the least recently used closed first."""
-
-    def __init__(self, indexes: list[index.Index], cache: Cache | None):
-        self._entries = [(i.folder / entry["url"], entry) for i in indexes for entry in i.meta["shardlist"]]
-        self._cache = cache
-        self._fds: OrderedDict[int, int] = OrderedDict()
-        self._at_source: set[int] = set()
-        self._looked = 0.0
-        self._pid, self._lock = os.getpid(), threading.Lock()
-
-    def path(self, shard: int) -> Path:
-        return self._entries[shard][0]
-
-    def lock(self) -> _Opened:
-        """A context in which open files stay open; its value opens a tar: shard -> file descriptor."""
-        if self._pid != os.getpid():
-            # The parent's lock may be held for ever in a forked child; its descriptors are the child's own copies.
-            self._pid, self._lock = os.getpid(), threading.Lock()
-            self._close_all()
-        return _Opened(self)
-
-    def _close_all(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
-        self._at_source.clear()
-
-    def __del__(self):
-        if self._pid == os.getpid():
-            self._close_all()
-
-    def fd(self, shard: int) -> int:
-        fd = self._fds.get(shard)
-        if fd is not None:
-            self._fds.move_to_end(shard)
-            return fd
-        while len(self._fds) >= MAX_OPEN:
-            os.close(self._fds.popitem(last=False)[1])
-        path, entry = self._entries[shard]
-        if self._cache is not None:
-            chosen = self._cache.tar(path, entry)
-            (self._at_source.add if chosen == path else self._at_source.discard)(shard)
-            path = chosen
-        fd = self._fds[shard] = _open_tar(path, entry)
-        return fd
-
-    def look_for_copies(self) -> None:
-        """Drops the descriptors of sources whose copy has come to be, at most every RECHECK_SECONDS."""
-        if not self._at_source or time.monotonic() < self._looked + RECHECK_SECONDS:
-            return
-        self._looked = time.monotonic()
-        for shard in list(self._at_source):
-            path, entry = self._entries[shard]
-            if self._cache.tar(path, entry) != path:
-                self._at_source.discard(shard)
-                if shard in self._fds:
-                    os.close(self._fds.pop(shard))
-
-
-class _Opened:
-    def __init__(self, files: _Files):
-        self._files = files
-
-    def __enter__(self):
-        self._files._lock.acquire()
-        self._files.look_for_copies()
-        return self._files.fd
-
-    def __exit__(self, *error):
-        self._files._lock.release()
-
-
-def _open_tar(path: Path, entry: dict) -> int:
-    """Opens a tar whose size and first header are those of the index. Raises ShardError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise ShardError(
-            f"{path} is missing; index.json lists it with {entry['filesize']} bytes; copy or pack it again"
-        ) from None
-    try:
-        size = os.fstat(fd).st_size
-        if size != entry["filesize"]:
-            raise ShardError(
-                f"{path}: found {size} bytes, index.json says {entry['filesize']}: cut, swapped, or the index is stale; "
-                "copy or pack it again"
-            )
-        if zlib.crc32(os.pread(fd, BLOCK, 0)) != entry["head_crc32"]:
-            raise ShardError(
-                f"{path}: its first header is not the one in index.json: damaged, or another tar of the same size; copy or pack it again"
-            )
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd

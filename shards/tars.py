@@ -1,0 +1,120 @@
+"""The open tars of a process: at most 256, checked at their first touch, read from the node's cache where a copy is whole.
+
+Usage: with tars.lock() as opened: data = os.pread(opened(shard), nbytes, offset)
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+from shards import index
+from shards.cache import Cache
+from shards.format import BLOCK, ShardError
+
+MAX_OPEN = 256  # files of a process
+RECHECK_SECONDS = 10.0  # between two looks whether a cached copy has come to be
+
+
+class Tars:
+    """The open tars of a process: at most MAX_OPEN, the least recently used closed first."""
+
+    def __init__(self, indexes: list[index.Index], cache: Cache | None):
+        self._entries = [(i.folder / entry["url"], entry) for i in indexes for entry in i.meta["shardlist"]]
+        self._cache = cache
+        self._fds: OrderedDict[int, int] = OrderedDict()
+        self._at_source: set[int] = set()
+        self._looked = 0.0
+        self._pid, self._lock = os.getpid(), threading.Lock()
+
+    def path(self, shard: int) -> Path:
+        return self._entries[shard][0]
+
+    def lock(self) -> Opened:
+        """An `Opened`, of this process."""
+        if self._pid != os.getpid():
+            # The parent's lock may be held for ever in a forked child; its descriptors are the child's own copies.
+            self._pid, self._lock = os.getpid(), threading.Lock()
+            self._close_all()
+        return Opened(self)
+
+    def _close_all(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        self._at_source.clear()
+
+    def __del__(self):
+        if self._pid == os.getpid():
+            self._close_all()
+
+    def fd(self, shard: int) -> int:
+        fd = self._fds.get(shard)
+        if fd is not None:
+            self._fds.move_to_end(shard)
+            return fd
+        while len(self._fds) >= MAX_OPEN:
+            os.close(self._fds.popitem(last=False)[1])
+        path, entry = self._entries[shard]
+        if self._cache is not None:
+            chosen = self._cache.tar(path, entry)
+            (self._at_source.add if chosen == path else self._at_source.discard)(shard)
+            path = chosen
+        fd = self._fds[shard] = _open_tar(path, entry)
+        return fd
+
+    def look_for_copies(self) -> None:
+        """Drops the descriptors of sources whose copy has come to be, at most every RECHECK_SECONDS."""
+        if not self._at_source or time.monotonic() < self._looked + RECHECK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        for shard in list(self._at_source):
+            path, entry = self._entries[shard]
+            if self._cache.tar(path, entry) != path:
+                self._at_source.discard(shard)
+                if shard in self._fds:
+                    os.close(self._fds.pop(shard))
+
+
+class Opened:
+    """A context in which open tars stay open; its value opens a tar: shard -> file descriptor."""
+
+    def __init__(self, tars: Tars):
+        self._tars = tars
+
+    def __enter__(self):
+        self._tars._lock.acquire()
+        self._tars.look_for_copies()
+        return self._tars.fd
+
+    def __exit__(self, *error):
+        self._tars._lock.release()
+
+
+def _open_tar(path: Path, entry: dict) -> int:
+    """Opens a tar whose size and first header are those of the index. Raises ShardError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ShardError(
+            f"{path} is missing; index.json lists it with {entry['filesize']} bytes; copy or pack it again"
+        ) from None
+    try:
+        size = os.fstat(fd).st_size
+        if size != entry["filesize"]:
+            raise ShardError(
+                f"{path}: found {size} bytes, index.json says {entry['filesize']}: cut, swapped, or the index is stale; "
+                "copy or pack it again"
+            )
+        if zlib.crc32(os.pread(fd, BLOCK, 0)) != entry["head_crc32"]:
+            raise ShardError(
+                f"{path}: its first header is not the one in index.json: damaged, or another tar of the same size; copy or pack it again"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
