@@ -10,12 +10,17 @@ import difflib
 from torch import nn
 
 from spknet.config import ConfigError, ModelConfig
+from spknet.models.rawnet3 import RawNet3
 from spknet.models.resnet import ResNetSE34, ResNetSE34L, ResNetSE34V2
+from spknet.models.vggvox import VGGVox
 
 MODELS: dict[str, type[nn.Module]] = {
     "ResNetSE34": ResNetSE34,
     "ResNetSE34L": ResNetSE34L,
     "ResNetSE34V2": ResNetSE34V2,
+    "VGGVox": VGGVox,
+    "VGGVox40": VGGVox,
+    "RawNet3": RawNet3,
 }
 
 

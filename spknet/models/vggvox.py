@@ -1,0 +1,58 @@
+"""VGG-M-40: a plain convolutional network on 40 mel bands (Chung et al., 2020; Chatfield et al., 2014).
+
+    96 5x7 -> pool -> 256 5x5 -> pool -> 384, 256, 256 3x3 -> pool -> 512 4x1, which takes the 4 bands left -> encoder
+
+Each convolution is followed by norm and ReLU. Kernel sizes and strides are (bands, frames).
+
+    VGGVox(ModelConfig(name="VGGVox"))(waves)  # (batch, samples) -> (batch, 512)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from spknet.config import ConfigError, ModelConfig
+from spknet.features import Spectrum
+from spknet.models.pooling import build_head
+
+MELS = 40
+
+
+class VGGVox(nn.Module):
+    """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size). Its analysis window is Hann by default.
+
+    masks (batch, 4, 2): SpecAugment, see spknet.features.apply_masks. Raises ConfigError for other than 40 mel bands.
+    """
+
+    encoders = ("SAP", "TAP", "MAX", "ASP")
+
+    def __init__(self, config: ModelConfig, sample_rate: int = 16000):
+        super().__init__()
+        if config.n_mels != MELS:
+            raise ConfigError(
+                f"model.n_mels {config.n_mels}: {config.name} takes {MELS}, its last kernel spans 4 bands"
+            )
+        window = "hann" if config.window == "auto" else config.window
+        self.features = Spectrum(sample_rate, MELS, window=window, log=config.log_input, input_scale=config.input_scale)
+
+        def stage(inputs: int, outputs: int, kernel: tuple, stride: tuple = (1, 1), padding: tuple = (1, 1)) -> list:
+            conv = nn.Conv2d(inputs, outputs, kernel, stride, padding)
+            return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+        a, b, c, d = (max(8, round(n * config.width)) for n in (96, 256, 384, 512))
+        self.layers = nn.Sequential(
+            *stage(1, a, (5, 7), (1, 2), (2, 2)),
+            nn.MaxPool2d((1, 3), (1, 2)),
+            *stage(a, b, (5, 5), (2, 2)),
+            nn.MaxPool2d((3, 3), (2, 2)),
+            *stage(b, c, (3, 3)),
+            *stage(c, b, (3, 3)),
+            *stage(b, b, (3, 3)),
+            nn.MaxPool2d((3, 3), (2, 2)),
+            *stage(b, d, (4, 1), padding=(0, 0)),
+        )
+        self.head = build_head(config.encoder, d, config.embedding_size)
+
+    def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
+        x = self.layers(self.features(waves, masks)[:, None])  # (batch, channels, 1, frames)
+        return self.head(x[:, :, 0])
