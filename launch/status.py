@@ -206,11 +206,14 @@ def duration(seconds: float | None) -> str:
 
 
 def last_lines(log: str | None, count: int = LOG_LINES) -> str:
-    """The end of a log, indented, after its name; empty where there is none."""
+    """The end of what the run itself wrote to its log, indented, after the log's name; empty where there is none."""
     if log is None or not os.path.exists(log):
         return ""
-    lines = Path(log).read_text(errors="replace").splitlines()[-count:]
-    return "".join(f"\n    {line}" for line in [f"{log}:", *lines])
+    lines = Path(log).read_text(errors="replace").splitlines()
+    # torchrun and submitit each add a traceback of their own below the run's.
+    last = [i for i, line in enumerate(lines) if "failed (exitcode" in line or line.startswith("submitit ERROR")]
+    own = lines[: last[0]] if last else lines
+    return "".join(f"\n    {line}" for line in [f"{log}:", *own[-count:]])
 
 
 if __name__ == "__main__":

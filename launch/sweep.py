@@ -91,7 +91,7 @@ def _go(runs: list[Run], folder: Path, options: argparse.Namespace) -> int:
     submit.check_cluster(options)
     submit.writable_folder(folder)
     tasks = [submit.make_task(run.words, submit.writable_folder(folder / run.name), options) for run in wanted]
-    write_json(folder / "sweep.json", {"runs": {r.name: {"overrides": r.overrides, "words": r.words} for r in runs}})
+    remember(runs, folder)
     jobs = queue(tasks, options, folder, workers)
     print(f"{len(wanted)} of {len(runs)} runs submitted, {options.at_once} at once: job {jobs[0].job_id.split('_')[0]}")
     print(f"state   python -m launch.status {folder} --watch\nresults python -m launch.results {folder}")
@@ -165,7 +165,7 @@ def plan(sweep: dict, common: list[str]) -> list[Run]:
         words = ["--config", str(sweep["recipe"])] if sweep.get("recipe") else []
         words += [word(k, v) for k, v in (sweep.get("options") or {}).items()] + common
         words += [word(k, v) for k, v in overrides.items()]
-        runs.append(Run(run_name(overrides, combined), overrides, words))
+        runs.append(Run(run_name(overrides, combined, sweep.get("grid") or {}), overrides, words))
     names = [run.name for run in runs]
     double = [name for name in names if names.count(name) > 1]
     if double:
@@ -183,11 +183,13 @@ def word(key: str, value: Any) -> str:
     return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
-def run_name(overrides: dict[str, Any], every: list[dict[str, Any]]) -> str:
-    """`loss=angleproto,M=2,seed=0`: the options that vary over the sweep, as far as this run sets them."""
-    varying = [k for k in overrides if len({json.dumps(other.get(k, "-")) for other in every}) > 1]
-    parts = [f"{short(k)}={_plain(overrides[k])}" for k in varying]
-    return ",".join(parts) or "run"
+def run_name(overrides: dict[str, Any], every: list[dict[str, Any]], axes: dict[str, Any]) -> str:
+    """`loss=angleproto,M=2,seed=0`: the options that differ over the sweep, as far as this run sets them.
+
+    An option that is an axis is named even while it has one value, so that the axis can be made longer later.
+    """
+    varying = [k for k in overrides if k in axes or len({json.dumps(o.get(k, "-")) for o in every}) > 1]
+    return ",".join(f"{short(k)}={_plain(overrides[k])}" for k in varying) or "run"
 
 
 def short(key: str) -> str:
@@ -197,6 +199,8 @@ def short(key: str) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, (int, float)):
+        return str(value)
     text = Path(value).name if isinstance(value, str) else json.dumps(value)
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")[:60]
 
@@ -211,13 +215,24 @@ def check_run(run: Run, folder: Path, options: argparse.Namespace):
 
 def note_changed(runs: list[Run], folder: Path) -> None:
     """Say which runs were submitted with other options than the file has now: they are not run again."""
-    path = folder / "sweep.json"
-    before = json.loads(path.read_text())["runs"] if path.exists() else {}
+    before = remembered(folder)
     for run in runs:
         if run.name in before and before[run.name]["words"] != run.words:
             print(
                 f"note: {run.name} was submitted with other options; give another --dir, or remove {folder / run.name}"
             )
+
+
+def remember(runs: list[Run], folder: Path) -> None:
+    """Write SWEEP/sweep.json: the runs of this file, after those of an earlier one whose folders are still there."""
+    before = {name: run for name, run in remembered(folder).items() if (folder / name).exists()}
+    now = {run.name: {"overrides": run.overrides, "words": run.words} for run in runs}
+    write_json(folder / "sweep.json", {"runs": {**before, **now}})
+
+
+def remembered(folder: Path) -> dict[str, dict]:
+    path = folder / "sweep.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else {}
 
 
 if __name__ == "__main__":
