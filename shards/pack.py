@@ -84,9 +84,16 @@ def pack(
         numbers = [s for s in range(made.n_shards) if task is None or s % task[1] == task[0]]
         todo = [s for s in numbers if not _is_done(out, settings.first_shard + s, made.digest, skip_bad is not None)]
         written = _run(_jobs(out, made, todo, skip_bad is not None), _count(made, todo), len(todo), workers, progress)
-        if task is None:
+        if task is None and (todo or skip_bad is not None or not _is_merged(out, made)):
             parts.merge(out, skip_bad)
     return written
+
+
+def _is_merged(out: Path, made: plan.Plan) -> bool:
+    try:
+        return len(index.read_meta(out)["shardlist"]) >= made.settings.first_shard + made.n_shards
+    except ShardError:
+        return False
 
 
 def _count(made: plan.Plan, todo: list[int]) -> int:
@@ -306,7 +313,7 @@ def _main_pack(args: argparse.Namespace) -> None:
     names = ("seed", "shard_bytes", "codec", "convert", "workers", "append", "skip_bad", "sample_rate")
     options = {name: getattr(args, name) for name in names}
     written = pack(plan.read_list(args.list, args.root), args.out, task=task, **options)
-    print(f"{args.out}: {written} utterances written")
+    print(f"{args.out}: {written} utterances written" if written else f"{args.out}: everything was packed already")
 
 
 if __name__ == "__main__":

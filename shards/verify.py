@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from shards import format, index, plan
-from shards.format import BLOCK, WAV_HEADER, ShardError
+from shards.format import BLOCK, ShardError
 
 SHOWN = 10  # affected utterances printed for a tar
 
