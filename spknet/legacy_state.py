@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from spknet import checkpoint
 from spknet.checkpoint import CheckpointError
 from spknet.config import ModelConfig
 from spknet.models import MODELS
@@ -170,6 +172,35 @@ def load_into(model: nn.Module, loss: nn.Module | None, state: dict, allow_parti
         found, misfit = fit(loss, their_loss)
         notes += _load(loss, found, misfit, "loss", allow_partial=True)
     return notes
+
+
+def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[str]:
+    """Starts a run from the weights of a checkpoint of spknet (a run folder or a file) or of voxceleb_trainer.
+
+    task: has `model` and `loss`; corpus: its `utterances` name the speakers, so that a head of spknet finds its rows. Returns
+    notes; raises CheckpointError where the network does not fit.
+    """
+    if Path(path).is_dir():
+        found = checkpoint.newest(path, warn=print)
+        if found is None:
+            raise CheckpointError(f"{path} holds no checkpoints/step-*.pt; give a run folder or a checkpoint file")
+        path, state = found
+    else:
+        state = checkpoint.read(path)
+    start = f"starting from the weights of {path}"
+    if state.get("format") != checkpoint.FORMAT:
+        return [start, *load_into(task.model, task.loss, state, allow_partial)]
+    own, theirs = task.model.state_dict(), state["model"]
+    fitting = {key: value for key, value in theirs.items() if key in own and value.shape == own[key].shape}
+    misfit = Misfit(
+        [key for key in own if key not in theirs],
+        [key for key in theirs if key not in own],
+        [key for key in theirs if key in own and key not in fitting],
+    )
+    notes = _load(task.model, fitting, misfit, "network", allow_partial)
+    speakers = [str(name) for name in corpus.utterances.speakers]
+    task.loss.load_state_dict(checkpoint.load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels))
+    return [start, *notes]
 
 
 def _load(module: nn.Module, found: dict[str, Tensor], misfit: Misfit, what: str, allow_partial: bool) -> list[str]:
