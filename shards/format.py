@@ -246,5 +246,5 @@ def _described(header: bytes) -> str:
     if not isinstance(entries, dict):
         return "a damaged .npy header"
     if "O" in str(entries.get("descr")):
-        return f"a pickle (type {entries['descr']}), which is never loaded,"
+        return f"a pickle (type {entries['descr']}), which is never loaded"
     return f"{entries.get('descr')} of {entries.get('shape')}"

@@ -28,7 +28,8 @@ from shards.format import REMAKE, ROW, VERSION, ShardError
 KIND = "spknet-shards"
 SMALL_FILES = ("speaker_rows.npy", "speakers.npy", "labels.npy")
 FILES = ("utterances.npy", "keys.npy", *SMALL_FILES)
-COUNTS = ("sample_rate", "utterances", "speakers", "samples", "key_bytes", "speaker_bytes", "skipped")
+LARGEST = {"sample_rate": 2**20, "utterances": 2**40, "speakers": 2**32, "samples": 2**60, "skipped": 2**40}
+COUNTS = LARGEST | {"key_bytes": format.MAX_KEY, "speaker_bytes": format.MAX_KEY}
 NO_CHECKSUM = "0" * 64
 
 
@@ -212,9 +213,10 @@ def _meta_problem(meta) -> str | None:
         return f"version {meta.get('version')!r}, this program reads version {VERSION}"
     if meta.get("codec") not in format.CODECS:
         return f"codec {meta.get('codec')!r}, expected wav or flac"
-    for name in COUNTS:
-        if not _is_count(meta.get(name), 0 if name == "skipped" else 1):
-            return f"{name} is {meta.get(name)!r}, expected a number from 1 to 2**40"
+    for name, most in COUNTS.items():
+        least = 0 if name == "skipped" else 1
+        if not _is_count(meta.get(name), least, most):
+            return f"{name} is {meta.get(name)!r}, expected a number from {least} to {most}"
     if not all(_is_hex(meta.get(name)) for name in ("checksum", "fingerprint")):
         return "checksum and fingerprint must be 64 hexadecimal digits"
     files, shards = meta.get("files"), meta.get("shardlist")
@@ -233,8 +235,8 @@ def _meta_problem(meta) -> str | None:
     return None
 
 
-def _is_count(value, least: int) -> bool:
-    return type(value) is int and least <= value <= 2**40
+def _is_count(value, least: int, most: int = 2**40) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def _is_hex(value) -> bool:
