@@ -125,7 +125,9 @@ def _embed_batches(model, sources, places, crops, batches, device, bf16, what) -
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     device = torch.device(device)
     done = []
-    bar = tqdm(total=sum(map(len, batches)), desc=what, unit="utt", delay=3, disable=rank() != 0, leave=False)
+    bar = tqdm(
+        total=sum(map(len, batches)), desc=what, unit="utt", delay=3, mininterval=1, disable=rank() != 0, leave=False
+    )
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), bar:
         for batch, audio in zip(batches, _read_ahead(sources, places, crops, batches)):
             waves = torch.from_numpy(audio).to(device).to(dtype) / 32768

@@ -10,76 +10,28 @@ python -m spknet.evaluate --checkpoint runs/a --trials veri_test.txt --root voxc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import dataclasses
+import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
-from shards.format import atomic_write
-from spknet import pictures, report, scoring
-from spknet.config import Config
-from spknet.embed import Crops, embed
-from spknet.gather import rank, world_size
-from spknet.sources import Places, Sources, as_list
-from spknet.trials import TrialError, Trials, read_enrolment, read_trials
+from shards.format import ShardError
+from spknet import breakdown, kept, report, rng, scoring
+from spknet.assess import Ask, assess, flat
+from spknet.backend import Backend, Embedded, cohort_places, speaker_means
+from spknet.calibration import QUALITIES, CalibrationError
+from spknet.checkpoint import CheckpointError, load_network
+from spknet.config import Config, ConfigError, DataConfig, EvalConfig, LossConfig
+from spknet.distributed import RankError, ranks
+from spknet.embed import embed
+from spknet.prepare import Prepared, check, crops_of, embed_lists, on_first, read_lists, require, utterances
+from spknet.scoring import ScoringError
+from spknet.sources import Sources
+from spknet.trials import TrialError, read_speakers
 
-SAMPLE_RATE = 16000  # Hz
-UNLOGGED = ("eer_threshold", "replicates")  # figures that are no curve over the steps
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Lists that have been checked, and where their utterances lie. The first list is the headline; dev is never it
-    where there is a test list."""
-
-    lists: list[Trials]
-    roles: list[str]  # test or dev, one a list
-    sources: Sources
-    places: Places  # every utterance of every list once, sorted by name
-
-    @property
-    def row(self) -> dict[str, int]:
-        """Row of each utterance in the embeddings."""
-        return {name: i for i, name in enumerate(self.places.names)}
-
-
-def check(config: Config, *, lengths: bool = True, enrolment: str | None = None) -> Prepared | None:
-    """Reads all lists and finds all their utterances; None where the config names no list. Any rank may call it alone.
-
-    Raises TrialError (list, line, what is wrong) or ShardError (audio that cannot be read).
-    """
-    tests = as_list(config.eval.trials)
-    paths = tests + as_list(config.eval.dev_trials)
-    if not paths:
-        return None
-    models = read_enrolment(enrolment) if enrolment else None
-    lists = [read_trials(path, models) for path in paths]
-    names = [trials.name for trials in lists]
-    if len(set(names)) < len(names):
-        raise TrialError(
-            f"two lists are called {max(names, key=names.count)!r}; reports tell lists apart by file name: rename one"
-        )
-    sources = Sources(config.eval.shards, config.eval.root, SAMPLE_RATE)
-    places = sources.locate(sorted(set().union(*(trials.utterances() for trials in lists))))
-    missing = set(places.missing())
-    for trials in lists if missing else ():
-        absent = [name for name in trials.utterances() if name in missing]
-        if absent:
-            first = min(absent, key=trials.line_of)
-            raise TrialError(
-                f"{trials.path}, line {trials.line_of(first)}: {first} not found in {sources.describe(config.eval.shards)}"
-                f" ({len(absent)} utterances of this list are missing)"
-            )
-    if lengths:
-        places = sources.measure(places)
-    return Prepared(lists, ["test"] * len(tests) + ["dev"] * (len(paths) - len(tests)), sources, places)
-
-
-def crops_of(config: Config) -> Crops:
-    """What of each utterance is embedded, as config.eval says."""
-    return Crops(round(config.eval.crop_seconds * SAMPLE_RATE), config.eval.crops, config.eval.padding)
+USER_ERRORS = (TrialError, ShardError, ScoringError, CalibrationError, ConfigError, CheckpointError, RankError)
 
 
 def evaluate_network(
@@ -98,118 +50,199 @@ def evaluate_network(
     development list as "dev_eer", ..., and of every list under "lists"; {} on other ranks.
     """
     prepared = on_first(lambda: trials or check(config), share=False)
-    places, sources = shared_places(prepared, config)
-    embeddings = embed(
-        model,
-        sources,
-        places,
-        crops_of(config),
-        device=device,
-        batch_seconds=config.eval.batch_seconds,
-        what="evaluation",
+    embedded = embed_lists(model, config, prepared, device, what="evaluation")
+    ask = Ask(metrics=config.eval.metrics, pictures=False, breakdown=False)
+
+    def finish() -> dict:
+        lists = prepared.lists, prepared.roles
+        return flat(assess(*lists, embedded, backend_of(config), Path(out_dir), {"step": step}, ask))
+
+    return on_first(finish, share=False) or {}
+
+
+def backend_of(config: Config, **options) -> Backend:
+    """The plain scoring that config.eval asks for, with the options of spknet.backend.Backend."""
+    # voxceleb_trainer does not length-normalise the embeddings of a network trained with proto.
+    return Backend(config.eval.score, normalize=config.loss.name != "proto", **options)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Options of the config's group eval may be written --eval.NAME too."""
+    parser = argparse.ArgumentParser(prog="python -m spknet.evaluate", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--checkpoint", help="run folder, checkpoint file, or one of voxceleb_trainer's")
+    add("--embeddings", help="score again from a folder that --keep_embeddings wrote; nothing is extracted")
+    add(
+        "--out",
+        help="folder for scores, report.json, report.html and pictures (default: evaluation)",
+        default="evaluation",
     )
-    return on_first(lambda: _assess(prepared, embeddings, config, Path(out_dir), step), share=False) or {}
+    for name, options in EVAL_OPTIONS.items():
+        add(f"--{name}", f"--eval.{name}", dest=name, **options)
+    add("--enrolment", help="list of models of several utterances: `model utterance ...` a line")
+    add("--utt2spk", help="list `utterance speaker`, where names do not begin with the speaker")
+    add("--precision", choices=("float32", "bf16"), default="float32")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--threads", type=int, default=0, help="CPU threads of a rank; 0: an equal share of the cores")
+    add("--untrained", action="store_true", help="the same network with its initial weights beside")
+    add("--subtract_mean", action="store_true", help="subtract the cohort's mean")
+    add("--as_norm", type=int, default=0, metavar="K", help="normalise by the K highest cohort scores; 0: no AS-norm")
+    add("--cohort", help="list `speaker path` of cohort utterances (default: the run's training data)")
+    add("--cohort_root", help="folder that the cohort's paths start from")
+    add("--cohort_shards", nargs="+", help="packed data sets of cohort utterances")
+    add("--cohort_utterances", type=int, default=10, help="utterances averaged for a cohort speaker")
+    add("--calibrate", action="store_true", help="log-likelihood ratios, learned on --dev_trials")
+    add("--quality", nargs="+", choices=QUALITIES, default=[], help="quality measures that calibration uses")
+    add("--metadata", help="CSV whose first column names a speaker or an utterance")
+    add("--by", nargs="+", default=[], help="columns of --metadata to break figures down by")
+    add("--bootstrap", type=int, default=report.REPLICATES, help="replicates of the intervals; 0: none")
+    add("--keep_embeddings", action="store_true", help="write embeddings.npy and their names to --out")
+    add("--no_pictures", action="store_true", help="no report.html, no pictures but det.png")
+    add("--tensorboard", help="folder to write the figures and pictures to as well")
+    chosen = parser.parse_args(argv)
+    if bool(chosen.checkpoint) == bool(chosen.embeddings):
+        parser.error("give --checkpoint RUN_OR_FILE, or --embeddings FOLDER to score again; one of the two")
+    return chosen
 
 
-def on_first(work, share: bool = True):
-    """The result of work() on rank 0, on every rank where it is shared, else None there. Its errors are raised on all."""
-    result, error = None, None
-    if rank() == 0:
-        try:
-            result = work()
-        except Exception as raised:  # raised again below, after the other ranks know
-            error = raised
-    if world_size() > 1:
-        box = [(None if error is None else f"rank 0: {error}", result if share else None)]
-        dist.broadcast_object_list(box, src=0)
-        if rank() != 0:
-            message, result = box[0]
-            error = None if message is None else TrialError(message)
-    if error is not None:
-        raise error
-    return result
+EVAL_OPTIONS = {
+    "trials": {"nargs": "+", "help": "test lists"},
+    "dev_trials": {"help": "development list: calibration and thresholds are learned on it"},
+    "root": {"nargs": "+", "help": "folders that the paths in the lists start from"},
+    "shards": {"nargs": "+", "help": "packed data sets that hold the utterances"},
+    "crop_seconds": {"type": float, "help": "length of a crop; 0: whole utterances"},
+    "crops": {"type": int, "help": "crops spread evenly over an utterance"},
+    "score": {"choices": ("cosine", "mean_distance")},
+    "batch_seconds": {"type": float, "help": "audio in one forward pass"},
+    "padding": {"choices": ("repeat", "zeros"), "help": "of utterances shorter than a crop"},
+    "metrics": {"choices": ("default", "voxceleb_trainer"), "help": "arithmetic of EER and minDCF"},
+}
 
 
-def shared_places(prepared: Prepared | None, config: Config) -> tuple[Places, Sources]:
-    """Rank 0's places on every rank, with this rank's own handles on the data."""
-    places = on_first(lambda: prepared.places)
-    if prepared is not None:
-        return places, prepared.sources
-    return places, Sources(config.eval.shards, config.eval.root, SAMPLE_RATE)
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status (2: something the user gave is wrong)."""
+    chosen = arguments(argv)
+    try:
+        with ranks(chosen.device, chosen.threads) as me:
+            if chosen.embeddings:
+                on_first(lambda: _score_again(chosen), share=False)
+            else:
+                _extract_and_score(chosen, me.device)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def score_list(trials: Trials, rows: dict[str, int], embeddings: np.ndarray, config: Config) -> np.ndarray:
-    """(n,) scores of one list by config.eval.score. embeddings: (utterances, crops, D), rows: utterance -> row."""
-    right = np.array([rows[name] for name in trials.tests])[trials.right]
-    if config.eval.score == "mean_distance":
-        # voxceleb_trainer does not length-normalise the embeddings of a network trained with proto.
-        crops = embeddings if config.loss.name == "proto" else scoring.unit(embeddings)
-        models = [[rows[u] for u in trials.utterances_of(m)] for m in trials.models]
-        if all(len(own) == 1 for own in models):
-            scores = scoring.mean_distance(crops, crops, np.array([own[0] for own in models])[trials.left], right)
-        else:
-            left = [crops[own].reshape(-1, crops.shape[-1]) for own in models]
-            scores = scoring.mean_distance(left, crops, trials.left, right)
-    else:
-        vectors = scoring.vectors(embeddings)
-        left = scoring.unit(scoring.enrol(trials, rows, vectors))
-        scores = scoring.cosine(left, scoring.unit(vectors), trials.left, right)
-    scoring.check_finite(scores, trials)
-    return scores
+def _score_again(chosen: argparse.Namespace) -> None:
+    """Scores lists from kept embeddings."""
+    embedded, cohort, facts = kept.load(chosen.embeddings)
+    settings = {name: facts["eval"][name] for name in ("score", "crops", "crop_seconds")}
+    loss = dataclasses.replace(LossConfig(), name=facts["loss"])
+    config = with_options(Config(loss=loss, eval=EvalConfig(**settings)), chosen)
+    lists, roles = read_lists(config, chosen.enrolment)
+    require(lists, set(utterances(lists)) - set(embedded.rows), chosen.embeddings)
+    if cohort is None and (chosen.as_norm or chosen.subtract_mean):
+        raise ScoringError(
+            f"{chosen.embeddings} holds no cohort.npy; extract once more with --as_norm and --keep_embeddings"
+        )
+    _finish(chosen, config, facts, (lists, roles), embedded, cohort, {})
 
 
-def write_scores(path: Path, trials: Trials, scores: np.ndarray) -> None:
-    """`score left right` a trial, with target or nontarget behind it where the list says so; 9 digits hold a float32."""
-    labels = [""] * len(trials) if trials.labels is None else [(" nontarget", " target")[v] for v in trials.labels]
-    lines = [
-        f"{score:.9g} {trials.models[a]} {trials.tests[b]}{label}\n"
-        for score, a, b, label in zip(scores.tolist(), trials.left, trials.right, labels)
-    ]
-    with atomic_write(path) as file:
-        file.write("".join(lines).encode())
+def _extract_and_score(chosen: argparse.Namespace, device: torch.device) -> None:
+    """Embeds what the lists need, on all ranks, and scores on rank 0."""
+    model, config, meta = load_network(chosen.checkpoint, device)
+    config, bf16, cohort, beside = with_options(config, chosen), chosen.precision == "bf16", None, {}
+    prepared = on_first(lambda: _checked(chosen, config), share=False)
+    use_cohort = bool(chosen.as_norm or chosen.subtract_mean)
+    found = on_first(lambda: _cohort_places(chosen, config, meta)) if use_cohort else None
+    embedded = embed_lists(model, config, prepared, device, bf16)
+    if use_cohort:
+        data, places, speakers = found
+        options = {"device": device, "batch_seconds": config.eval.batch_seconds, "bf16": bf16, "what": "cohort"}
+        rows = embed(model, Sources(data.train_shards, data.train_root), places, crops_of(config), **options)
+        cohort = None if rows is None else speaker_means(rows, speakers)
+    if chosen.untrained:
+        rng.initialize(model, config.train.seed)
+        beside["untrained"] = embed_lists(model, config, prepared, device, bf16, "untrained")
+    facts = {name: meta.get(name) for name in ("path", "step", "epoch")} | {"model": dataclasses.asdict(config.model)}
+    facts |= {"loss": config.loss.name, "eval": dataclasses.asdict(config.eval), "precision": chosen.precision}
+    lists = prepared and (prepared.lists, prepared.roles)
+    on_first(lambda: _finish(chosen, config, facts, lists, embedded, cohort, beside), share=False)
 
 
-def scores_name(number: int, name: str) -> str:
-    """File name of a list's scores: the headline's is scores.txt."""
-    return "scores.txt" if number == 0 else f"scores-{name}.txt"
+def _checked(chosen: argparse.Namespace, config: Config) -> Prepared:
+    """Everything that can be wrong, before any extraction starts."""
+    backend_of(config, subtract_mean=chosen.subtract_mean, as_norm=chosen.as_norm).check()
+    prepared, asked = check(config, chosen.enrolment), _asked(chosen, config)
+    if prepared is None:
+        raise TrialError("no list to evaluate: the run names none; give --trials LIST --root FOLDER")
+    for trials in prepared.lists:
+        for column in asked.by:
+            breakdown.groups_of(trials, column, asked.metadata, asked.speakers)
+    if chosen.calibrate and not any(
+        r == "dev" and t.labels is not None for t, r in zip(prepared.lists, prepared.roles)
+    ):
+        raise ScoringError("calibration is learned on development trials with labels; give --dev_trials LIST")
+    return prepared
 
 
-def _assess(prepared: Prepared, embeddings: np.ndarray, config: Config, out_dir: Path, step: int) -> dict:
-    out_dir.mkdir(parents=True, exist_ok=True)
-    rows, found, curves = prepared.row, [], {}
-    for number, (trials, role) in enumerate(zip(prepared.lists, prepared.roles)):
-        scores = score_list(trials, rows, embeddings, config)
-        write_scores(out_dir / scores_name(number, trials.name), trials, scores)
-        entry = {"name": trials.name, "path": trials.path, "role": role, "trials": len(trials)}
-        entry["scores"] = {config.eval.score: scores_name(number, trials.name)}
-        if trials.labels is not None:
-            figures = report.figures(scores, trials, definition=config.eval.metrics)
-            entry |= {"speakers": report.speakers(trials), "systems": {config.eval.score: figures}}
-            curves[trials.name] = (scores, trials.labels)
-        found.append(entry)
-    result = {"version": report.VERSION, "step": step, "lists": found}
-    report.write_json(out_dir / "report.json", result)
-    if curves:
-        pictures.save(out_dir / "det.png", pictures.det(curves))
-    return flat(result)
+def _asked(chosen: argparse.Namespace, config: Config) -> Ask:
+    if chosen.by and not chosen.metadata:
+        raise TrialError("--by names columns of a CSV; give it as --metadata FILE")
+    return Ask(
+        metrics=config.eval.metrics,
+        bootstrap=chosen.bootstrap,
+        calibrate=chosen.calibrate,
+        pictures=not chosen.no_pictures,
+        by=tuple(chosen.by),
+        metadata=breakdown.read_metadata(chosen.metadata) if chosen.metadata else None,
+        speakers=read_speakers(chosen.utt2spk) if chosen.utt2spk else None,
+    )
 
 
-def flat(result: dict) -> dict:
-    """What the trainer logs: the headline's numbers, the development list's with `dev_` before them, all under `lists`."""
-    lists = {entry["name"]: numbers(entry) for entry in result["lists"]}
-    headline = dict(next((found for found in lists.values() if found), {}))
-    for entry in result["lists"]:
-        if entry["role"] == "dev":
-            headline |= {f"dev_{name}": value for name, value in lists[entry["name"]].items()}
-    return headline | {"lists": lists}
+def _cohort_places(chosen: argparse.Namespace, config: Config, meta: dict) -> tuple:
+    """(where the cohort lies, its utterances, the speaker of each); checked, so that --as_norm K fits it."""
+    data, speakers = config.data, meta.get("speakers")
+    if chosen.cohort or chosen.cohort_shards:
+        data, speakers = (
+            DataConfig(train_list=chosen.cohort, train_root=chosen.cohort_root, train_shards=chosen.cohort_shards),
+            None,
+        )
+    places, of = cohort_places(data, chosen.cohort_utterances, speakers)
+    if chosen.as_norm:
+        scoring.check_top(chosen.as_norm, len(set(of.tolist())))
+    return data, places, of
 
 
-def numbers(entry: dict) -> dict:
-    """The plain figures of a list's last system, intervals as eer_low and eer_high; {} for an unlabelled list."""
-    if "systems" not in entry:
-        return {}
-    figures = list(entry["systems"].values())[-1]
-    kept = {name: value for name, value in figures.items() if isinstance(value, (int, float)) and name not in UNLOGGED}
-    for name, (low, high) in (figures.get("interval") or {}).items():
-        kept |= {f"{name}_low": low, f"{name}_high": high}
-    return kept
+def _finish(chosen, config: Config, facts: dict, lists, embedded: Embedded, cohort, beside: dict) -> None:
+    """Scores, reports and prints, on rank 0."""
+    out_dir = Path(chosen.out)
+    backend = backend_of(
+        config,
+        subtract_mean=chosen.subtract_mean,
+        as_norm=chosen.as_norm,
+        qualities=tuple(chosen.quality),
+        cohort=cohort,
+    )
+    if chosen.keep_embeddings:
+        kept.keep(out_dir, embedded, facts, cohort)
+    result = assess(*lists, embedded, backend, out_dir, facts, _asked(chosen, config), beside)
+    if chosen.tensorboard:
+        report.to_tensorboard(chosen.tensorboard, flat(result), out_dir, facts.get("step") or 0)
+    print(report.text(report.rows(result)))
+    print(f"\nin {out_dir}: " + ", ".join(sorted(p.name for p in out_dir.iterdir() if not p.name.startswith("."))))
+
+
+def with_options(config: Config, chosen: argparse.Namespace) -> Config:
+    """The run's config with the evaluation options of the command line."""
+    given = {name: getattr(chosen, name) for name in EVAL_OPTIONS if getattr(chosen, name) is not None}
+    if "root" in given or "shards" in given:  # other places for the audio replace the run's
+        given = {"root": None, "shards": None} | given
+        if "trials" in given:  # and the run's development list would be looked for there
+            given = {"dev_trials": None} | given
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,8 @@ EER is in percent, everything else as in spknet.metrics; a system is one way of 
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 from pathlib import Path
 
@@ -83,3 +85,159 @@ def _plain(value):
     if isinstance(value, np.generic):
         value = value.item()
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def rows(report: dict) -> list[list[str]]:
+    """The table of figures, head first: one row for each list and system."""
+    table = [
+        [
+            "list",
+            "system",
+            "EER %",
+            "95 %",
+            "minDCF 0.01",
+            "errors",
+            "minDCF 0.05",
+            "errors",
+            "minCllr",
+            "Cllr",
+            "actDCF 0.01",
+            "targets",
+            "non-targets",
+            "speakers",
+        ]
+    ]
+    for entry in report["lists"]:
+        for system, found in entry.get("systems", {}).items():
+            low_high = "" if found["interval"] is None else "{:.2f} to {:.2f}".format(*found["interval"]["eer"])
+            name = f"{entry['name']} ({entry['role']})"
+            row = [name, system, f"{found['eer']:.2f}", low_high]
+            for prior in metrics.PRIORS:
+                row += [f"{found['min_dcf_' + prior]:.4f}", _errors(found[f"min_dcf_{prior}_at"])]
+            calibrated = [f"{found[name]:.4f}" if name in found else "" for name in ("cllr", "act_dcf_p01")]
+            row += [f"{found['min_cllr']:.4f}", *calibrated]
+            table.append(row + [f"{found['targets']:,}", f"{found['nontargets']:,}", f"{entry['speakers']:,}"])
+        if "systems" not in entry:
+            table.append(
+                [entry["name"], "unlabelled: scores only"] + [""] * (len(table[0]) - 3) + [f"{entry['trials']:,}"]
+            )
+    return table
+
+
+def _errors(at: dict) -> str:
+    said = f"{at['misses']} miss, {at['false_alarms']} fa"
+    return said + ", unreliable" if at["unreliable"] else said
+
+
+def threshold_rows(card: list[dict]) -> list[list[str]]:
+    """The threshold card as a table, head first."""
+    table = [["false-alarm rate", "chosen on", "threshold", "FAR here %", "FRR here %", "claimed"]]
+    for row in card:
+        rate = f"{100 * row['rate']:g} %"
+        if row["threshold"] is None:
+            said = f"no: {row['nontargets_chosen_on']:,} non-targets to choose on, {row['nontargets_needed']:,} needed"
+            table.append([rate, row["chosen_on"], "", "", "", said])
+            continue
+        said = (
+            "yes"
+            if row["claimed"]
+            else f"no: {row['nontargets']:,} non-targets here, {row['nontargets_needed']:,} needed"
+        )
+        shown = [f"{row['threshold']:.4f}", f"{100 * row['far']:.3f}", f"{100 * row['frr']:.2f}"]
+        table.append([rate, row["chosen_on"], *shown, said])
+    return table
+
+
+def group_rows(groups: list[dict]) -> list[list[str]]:
+    """A breakdown as a table, head first."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.2f}"
+
+    head = ["group", "trials", "targets", "EER %", "FAR %", "FRR %"]
+    return [head] + [
+        [
+            g["group"],
+            f"{g['trials']:,}",
+            f"{g['targets']:,}",
+            "" if g["eer"] is None else f"{g['eer']:.2f}",
+            percent(g["far"]),
+            percent(g["frr"]),
+        ]
+        for g in groups
+    ]
+
+
+def text(table: list[list[str]]) -> str:
+    """A table as aligned columns for the terminal, empty columns left out."""
+    kept = [column for column in zip(*table) if any(column[1:])]
+    widths = [max(map(len, column)) for column in kept]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in zip(*kept))
+
+
+def to_tensorboard(folder: str | Path, numbers: dict, pictures: Path, step: int) -> None:
+    """The headline's numbers and every PNG of a folder as TensorBoard scalars and images."""
+    import matplotlib.image
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder) as board:
+        for name, value in numbers.items():
+            if isinstance(value, (int, float)):
+                board.add_scalar(f"eval/{name}", value, step)
+        for path in sorted(pictures.glob("*.png")):
+            board.add_image(f"eval/{path.stem}", matplotlib.image.imread(path)[..., :3], step, dataformats="HWC")
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
+table{border-collapse:collapse;margin:.6rem 0 1.4rem;display:block;overflow-x:auto}th,td{padding:.25rem .7rem;text-align:right;
+border-bottom:1px solid #ddd;white-space:nowrap}th{border-bottom:2px solid #888}td:first-child,th:first-child,td:nth-child(2),
+th:nth-child(2){text-align:left}img{max-width:100%;margin:.4rem 1rem .4rem 0}dt{font-weight:600;float:left;clear:left;width:12rem}
+dd{margin-left:12.5rem;overflow-wrap:anywhere}p{color:#444}"""
+
+
+def write_html(path: str | Path, report: dict, drawn: dict[str, bytes]) -> None:
+    """One page that needs nothing else: every table, every picture inside. drawn: {name: PNG}."""
+    facts = {name: value for name, value in report.items() if name not in ("version", "lists") and value is not None}
+    parts = ["<h1>Speaker verification report</h1>", "<dl>"]
+    parts += [f"<dt>{html.escape(name)}</dt><dd>{html.escape(_shown(value))}</dd>" for name, value in facts.items()]
+    parts += ["</dl>", "<h2>Figures</h2>", _html_table(rows(report)), f"<p>{NOTE}</p>"]
+    for entry in report["lists"]:
+        if "thresholds" in entry:
+            parts += [
+                f"<h2>Thresholds: {html.escape(entry['name'])}</h2>",
+                _html_table(threshold_rows(entry["thresholds"])),
+            ]
+            parts.append(f"<p>{CARD_NOTE}</p>")
+        for name, groups in entry.get("groups", {}).items():
+            parts += [f"<h2>{html.escape(entry['name'])} by {html.escape(name)}</h2>", _html_table(group_rows(groups))]
+    parts.append("<h2>Pictures</h2>")
+    for name, png in drawn.items():
+        data = base64.b64encode(png).decode()
+        parts.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Speaker verification report</title><style>{STYLE}</style>'
+    with atomic_write(path) as file:
+        file.write((head + "\n".join(parts) + "</html>\n").encode())
+
+
+NOTE = (
+    "EER by linear interpolation at distinct scores, in percent; minDCF normalised, with the misses and false alarms behind"
+    " it (fewer than 10 false alarms: unreliable). Intervals: 95 %, percentiles of a bootstrap over speakers. Figures of a"
+    " development list are those of the list that calibration and thresholds were learned on."
+)
+CARD_NOTE = (
+    "A rate f is only claimed on at least 30/f non-targets. `oracle`: the threshold was taken from this very list, which no"
+    " deployed system can do."
+)
+
+
+def _html_table(table: list[list[str]]) -> str:
+    head, *body = table
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
+    return "<table>" + "".join(lines) + "</table>"
+
+
+def _shown(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -87,13 +87,18 @@ def mean_distance(left_crops, right_crops, left: np.ndarray, right: np.ndarray) 
     return scores
 
 
+def check_top(top: int, cohort: int) -> None:
+    """Raises ScoringError where the top K of AS-norm does not fit a cohort of so many speakers."""
+    if not 2 <= top <= cohort:
+        raise ScoringError(
+            f"AS-norm over the top {top} of a cohort of {cohort} speakers; give a number from 2 to {cohort}"
+        )
+
+
 def cohort_statistics(rows: np.ndarray, cohort: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each row's `top` highest cosines with the cohort. rows (N, D), cohort (C, D), both unit
     -> two (N,) float64. Raises ScoringError where top does not fit the cohort or a deviation is zero."""
-    if not 2 <= top <= len(cohort):
-        raise ScoringError(
-            f"AS-norm over the top {top} of a cohort of {len(cohort)} speakers; give a number from 2 to {len(cohort)}"
-        )
+    check_top(top, len(cohort))
     mean, deviation = np.empty(len(rows)), np.empty(len(rows))
     others = torch.from_numpy(cohort).T.contiguous()
     for start in range(0, len(rows), COHORT_BLOCK):

@@ -20,6 +20,7 @@ import soundfile
 from shards.audio import read_audio
 from shards.format import ShardError
 
+SAMPLE_RATE = 16000  # Hz, of everything that networks here are given
 ENDINGS = (".wav", ".flac")
 PROBES = 8  # headers read at a time: hides the latency of a network file system
 
@@ -45,7 +46,10 @@ class Sources:
     """The data sets and folders of an evaluation."""
 
     def __init__(
-        self, shards: str | list[str] | None = None, roots: str | list[str] | None = None, sample_rate: int = 16000
+        self,
+        shards: str | list[str] | None = None,
+        roots: str | list[str] | None = None,
+        sample_rate: int = SAMPLE_RATE,
     ):
         self.roots, self.sample_rate = as_list(roots), sample_rate
         self.sets = []

@@ -58,11 +58,13 @@ class Trials:
         pair = f"{self.models[self.left[trial]]} {self.tests[self.right[trial]]}"
         return f"{self.path}, line {self.lines[trial]} ({pair})"
 
-    def line_of(self, utterance: str) -> int:
-        """The first line that needs an utterance."""
-        models = [i for i, m in enumerate(self.models) if utterance in self.utterances_of(m)]
-        tests = [i for i, t in enumerate(self.tests) if t == utterance]
-        return int(self.lines[np.isin(self.left, models) | np.isin(self.right, tests)][0])
+    def first_line_of(self, utterances: set[str]) -> tuple[int, str]:
+        """The first line that needs one of some utterances, and which."""
+        models = np.array([not utterances.isdisjoint(self.utterances_of(m)) for m in self.models])[self.left]
+        tests = np.array([t in utterances for t in self.tests])[self.right]
+        trial = int(np.argmax(models | tests))
+        pair = [*self.utterances_of(self.models[self.left[trial]]), self.tests[self.right[trial]]]
+        return int(self.lines[trial]), next(name for name in pair if name in utterances)
 
 
 def open_text(path: str | Path) -> Iterator[tuple[int, str]]:
