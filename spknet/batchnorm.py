@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from spknet.gather import world_size
+from spknet.gather import gather_detached, world_size
 
 
 @torch.library.custom_op("spknet::batch_norm_global", mutates_args=())
@@ -30,9 +30,7 @@ def _normalize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     variance, mean = _moments(x, weight.dtype)
     if world_size() > 1:
-        own = torch.stack([mean, variance])
-        every = own.new_empty((world_size(), *own.shape))
-        dist.all_gather_into_tensor(every.view(-1, own.shape[-1]), own)
+        every = gather_detached(torch.stack([mean, variance])[None])  # (W, 2, channels)
         mean = every[:, 0].mean(0)
         variance = (every[:, 1] + (every[:, 0] - mean).square()).mean(0)
     y = torch.ops.aten.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]

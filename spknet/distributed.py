@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 import re
 import socket
@@ -146,6 +147,18 @@ def barrier(me: Ranks) -> None:
     """Returns when every rank has come here."""
     if me.world_size > 1:
         dist.barrier()
+
+
+def data_parallel(module: torch.nn.Module, me: Ranks) -> torch.nn.Module:
+    """The module under DistributedDataParallel, or itself with one rank. Buffers are left alone: they are equal already."""
+    if me.world_size == 1:
+        return module
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    # torch 2.14 has renamed the option; 2.11 has only the older name.
+    new = "forward_sync_buffers" in inspect.signature(wrapper).parameters
+    buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    where = [me.device] if me.device.type == "cuda" else None
+    return wrapper(module, device_ids=where, gradient_as_bucket_view=True, **buffers)
 
 
 def average_gradients(parameters, me: Ranks) -> None:

@@ -37,23 +37,29 @@ def rank() -> int:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        return _gather(rows)
+        return gather_detached(rows)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         # A sum followed by a slice: gloo has no reduce-scatter of its own, and NCCL's differs only in traffic.
         if dist.get_backend() == "nccl":
             own = gradient.new_empty((gradient.shape[0] // world_size(), *gradient.shape[1:]))
-            dist.reduce_scatter_tensor(own, gradient.contiguous())
+            _reduce_scatter(own, gradient.contiguous())
             return own
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
         return total.chunk(world_size())[rank()]
 
 
-def _gather(rows: torch.Tensor) -> torch.Tensor:
+# torch 2.14 has renamed both; 2.11 has only the older names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def gather_detached(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of all ranks in rank order, (W * n, ...), without gradient."""
     out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(out, rows.contiguous())
+    _all_gather(out, rows.contiguous())
     return out
 
 
@@ -64,7 +70,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """
     if world_size() == 1:
         return rows
-    return _GatherRows.apply(rows) if rows.requires_grad else _gather(rows)
+    return _GatherRows.apply(rows) if rows.requires_grad else gather_detached(rows)
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:

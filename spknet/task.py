@@ -76,14 +76,14 @@ def step_in_chunks(task: SpeakerTask, inputs: tuple, scale, chunk: int, me: Rank
 def _running_statistics_kept(model: nn.Module):
     # The first pass has counted these crops already.
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
+    before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:
-        layer.momentum = 0.0
+        layer.momentum, layer.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for layer, momentum in zip(layers, momenta):
-            layer.momentum = momentum
+        for layer, (momentum, tracked) in zip(layers, before):
+            layer.momentum, layer.num_batches_tracked = momentum, tracked
 
 
 def train_batchnorm(model: nn.Module) -> bool:

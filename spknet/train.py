@@ -24,24 +24,13 @@ import yaml
 from tqdm import tqdm
 
 from shards.format import ShardError, atomic_write
-from spknet import checkpoint, evaluate, legacy, rng, run
+from spknet import checkpoint, distributed, evaluate, legacy, rng, run
 from spknet import config as configuration
 from spknet.batchnorm import globalize
 from spknet.checkpoint import CheckpointError
 from spknet.config import Config, ConfigError
 from spknet.data import Corpus, loader
-from spknet.distributed import (
-    RankError,
-    Ranks,
-    Watchdog,
-    agree,
-    barrier,
-    broadcast,
-    first_rank_only,
-    gather_objects,
-    peer_lost,
-    ranks,
-)
+from spknet.distributed import RankError, Ranks, Watchdog
 from spknet.gather import all_reduce_sum
 from spknet.log import Meter, MetricsLog, profiler
 from spknet.losses import build_loss
@@ -66,6 +55,7 @@ class Trainer:
     def __init__(self, config: Config, me: Ranks):
         self.config, self.me, self.run_dir = config, me, Path(config.run_dir)
         self.corpus = Corpus.open(config.data, config.train.seed)
+        distributed.agree({"the training data": self.corpus.fingerprint()}, me)
         evaluate.check(config)
         self.steps_per_epoch = self.corpus.sampler.steps
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
@@ -95,21 +85,15 @@ class Trainer:
         self._resume_or_initialize()
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
-        parallel = self.task
         if config.train.compile:
             model.compile()
-        if me.world_size > 1 and not config.train.chunk:
-            where = [me.device] if me.device.type == "cuda" else None
-            parallel = torch.nn.parallel.DistributedDataParallel(
-                self.task, device_ids=where, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        self.parallel = parallel
+        self.parallel = self.task if config.train.chunk else distributed.data_parallel(self.task, me)
 
     def _resume_or_initialize(self) -> None:
         c, state = self.config.train, None
         if c.resume == "auto":
             found = checkpoint.newest(self.run_dir, warn=self.say) if self.me.first else None
-            path = broadcast(str(found[0]) if found else None, self.me)
+            path = distributed.broadcast(str(found[0]) if found else None, self.me)
             state = found[1] if found else checkpoint.read(path) if path else None
         elif c.resume != "never":
             path = c.resume
@@ -162,7 +146,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the checkpoint of this step on rank 0; every rank returns when it is durable."""
-        with first_rank_only(self.me) as first:
+        with distributed.first_rank_only(self.me) as first:
             if first:
                 self.log.sync()
                 best = self.best and self.best["step"]
@@ -177,7 +161,7 @@ class Trainer:
         result = evaluate.evaluate_network(
             self.task.model, self.config, out_dir=folder, step=self.step, device=self.me.device
         )
-        result = broadcast(result, self.me)
+        result = distributed.broadcast(result, self.me)
         if result.get("dev_eer") is not None and (self.best is None or result["dev_eer"] < self.best["dev_eer"]):
             self.best = {"step": self.step, "dev_eer": result["dev_eer"]}
             self.save()
@@ -196,7 +180,11 @@ class Trainer:
     def train(self, log: MetricsLog, watchdog: Watchdog, stop: StopSignals) -> str | None:
         """Runs to the last step. Returns the name of the signal that stopped it before, or None."""
         self.log, self.watchdog = log, watchdog
-        if self.step > 0 and self.evaluation_due() and not broadcast(log and log.has_evaluation(self.step), self.me):
+        if (
+            self.step > 0
+            and self.evaluation_due()
+            and not distributed.broadcast(log and log.has_evaluation(self.step), self.me)
+        ):
             self.evaluate()  # the run died between this step's checkpoint and its evaluation
         batches = iter(loader(self.config, self.corpus, self.me, self.step, self.total_steps))
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=not self.me.first, mininterval=1)
@@ -265,7 +253,7 @@ class Trainer:
 
     def _report_non_finite(self, loss: float, batch) -> None:
         names = [self.corpus.utterances.key(row) for row in batch.rows.tolist()]
-        every = gather_objects((loss, names), self.me)
+        every = distributed.gather_objects((loss, names), self.me)
         bad = [rank for rank, (value, _) in enumerate(every) if not math.isfinite(value)]
         raise NonFiniteLoss(
             f"the loss of step {self.step} is {every[bad[0]][0]} on rank {bad[0]}; the checkpoint of step {self.saved_step} is"
@@ -307,13 +295,13 @@ def main(argv: list[str] | None = None) -> int:
         if after is not None:
             return after()
         with (
-            ranks(config.train.device, config.train.threads, config.train.timeout_seconds) as me,
+            distributed.ranks(config.train.device, config.train.threads, config.train.timeout_seconds) as me,
             StopSignals() as stop,
         ):
             return _run(config, me, stop)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, NonFiniteLoss) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NonFiniteLoss) else 2
 
 
 def _options(argv: list[str]):
@@ -337,7 +325,7 @@ def _run(config: Config, me: Ranks, stop: StopSignals) -> int:
     """Owns the run folder while training; leaves state.json saying how it ended."""
     trainer = None
     with contextlib.ExitStack() as held:
-        with first_rank_only(me) as first:
+        with distributed.first_rank_only(me) as first:
             if first:
                 held.enter_context(run.owned(config.run_dir))
                 write_state(config.run_dir, "running", 0, "starting")
@@ -347,7 +335,7 @@ def _run(config: Config, me: Ranks, stop: StopSignals) -> int:
         except BaseException as error:
             _fail(config, trainer, error)
             raise
-        barrier(me)
+        distributed.barrier(me)
         if me.first:
             write_state(config.run_dir, "requeue" if stopped_by else "done", trainer.step, stopped_by or "")
         trainer.say(f"stopped by {stopped_by} at step {trainer.step}" if stopped_by else f"done: {config.run_dir}")
@@ -359,9 +347,11 @@ def _run(config: Config, me: Ranks, stop: StopSignals) -> int:
 def _prepare(config: Config, me: Ranks) -> Trainer:
     torch.use_deterministic_algorithms(config.train.deterministic)
     options = {f"option {k}": repr(v) for k, v in checkpoint.flatten(configuration.to_dict(config)).items()}
-    agree({"the code": run.code_digest(), **{f"version of {k}": v for k, v in run.versions().items()}, **options}, me)
+    distributed.agree(
+        {"the code": run.code_digest(), **{f"version of {k}": v for k, v in run.versions().items()}, **options}, me
+    )
     device = torch.cuda.get_device_name(me.device) if me.device.type == "cuda" else "CPU"
-    places = gather_objects((socket.gethostname(), device), me)
+    places = distributed.gather_objects((socket.gethostname(), device), me)
     if me.first:
         hosts, devices = zip(*places)
         folder = Path(config.run_dir)
@@ -394,7 +384,7 @@ def _train(trainer: Trainer, me: Ranks, stop: StopSignals) -> str | None:
 
 def _fail(config: Config, trainer: Trainer | None, error: BaseException) -> None:
     """state.json after an error. A lost peer is a reason to go on later, unless that peer itself has said `failed`."""
-    lost = peer_lost(error)
+    lost = distributed.peer_lost(error)
     if lost and (run.read_state(config.run_dir) or {}).get("state") == "failed":
         return
     reason = f"{type(error).__name__}: {error}"

@@ -1,5 +1,6 @@
 """Real gloo ranks for tests: forked processes, so that torch is not imported again in each."""
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -12,7 +13,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _child(function, arguments, rank, world_size, port, pipe):
+def _child(function, arguments, rank, world_size, port, pipe, join):
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -24,20 +25,24 @@ def _child(function, arguments, rank, world_size, port, pipe):
     )
     from spknet import distributed
 
+    group = distributed.ranks(device="cpu", threads=1, timeout_seconds=60) if join else contextlib.nullcontext()
     try:
-        with distributed.ranks(device="cpu", threads=1, timeout_seconds=60):
+        with group:
             pipe.send((True, function(rank, world_size, *arguments)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
 
 
-def run_ranks(world_size: int, function, *arguments, timeout: float = 240.0) -> list:
-    """[function(rank, world_size, *arguments) of each rank], every rank a process of one gloo group."""
+def run_ranks(world_size: int, function, *arguments, timeout: float = 240.0, join: bool = True) -> list:
+    """[function(rank, world_size, *arguments) of each rank], every rank a process of one gloo group.
+
+    join=False: the ranks only get torchrun's environment, and the function joins (as spknet.train does).
+    """
     context, port = multiprocessing.get_context("fork"), free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(function, arguments, rank, world_size, port, theirs))
+        process = context.Process(target=_child, args=(function, arguments, rank, world_size, port, theirs, join))
         process.start()
         pipes.append(ours)
         processes.append(process)
@@ -52,3 +57,21 @@ def run_ranks(world_size: int, function, *arguments, timeout: float = 240.0) -> 
     failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(results) if not good]
     assert not failed, "\n".join(failed)
     return [value for _, value in results]
+
+
+def train(world_size: int, words: list[str], **options) -> list[dict]:
+    """spknet.train with these words on W ranks; the lines of its metrics.jsonl. Every rank must end with status 0."""
+    from spknet.log import read_metrics
+
+    statuses = run_ranks(world_size, _train, words, join=False, **options)
+    assert statuses == [0] * world_size
+    return read_metrics(words[words.index("--run_dir") + 1] + "/metrics.jsonl")
+
+
+def _train(_rank, world_size, words):
+    from spknet.train import main
+
+    if world_size == 1:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+    return main(words)
