@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,6 @@ from launch.task import Place, RunFailed, Task, _descendants, grace_seconds, new
 from spknet.run import read_state, write_state
 
 ROOT = Path(__file__).resolve().parents[1]
-SPEECH = ROOT.parent / "shared" / "speech"
 
 
 def submitted(capsys, *words) -> tuple[int, str]:
@@ -201,3 +202,71 @@ def test_a_run_that_cannot_start_fails_with_where_to_look(tmp_path):
     with pytest.raises(RunFailed, match="torchrun ended with status 1 before the run started; the job's log says why"):
         task()
     assert read_state(tmp_path)["state"] == "failed"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "slurm").glob("*.sbatch")), ids=lambda file: file.name)
+def test_sbatch_files_are_clean(file):
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    assert subprocess.run(["shellcheck", str(file)], capture_output=True, text=True).stdout == ""
+
+
+def test_train_sbatch_asks_for_the_run_dir():
+    done = subprocess.run(["bash", ROOT / "slurm" / "train.sbatch", "--config", "a"], capture_output=True, text=True)
+    assert done.returncode == 2 and "train.sbatch: --run_dir DIR is missing" in done.stderr
+
+
+@pytest.mark.slow
+def test_local_executor_goes_on_after_a_signal(tmp_path, options, capsys):
+    """submitit's controller takes the place of SLURM: its task asks for another start by its exit status."""
+    run = tmp_path / "run"
+    cluster = ["--executor", "local", "--ranks-per-node", "2", "--hours", "0.5", "--signal-delay", "60"]
+    assert submit.main([*cluster, "--", *options, "--run_dir", str(run), "--train.max_steps", "60"]) == 0
+    controller = int(json.loads((run / "job.json").read_text())["job"])
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 5)
+    (task,) = [pid for pid in _descendants(controller) if b"submitit.core._submit" in command_line(pid)]
+    os.kill(task, signal.SIGUSR2)
+    wait_for(lambda: (read_state(run) or {})["state"] in ("done", "failed"))
+    assert read_state(run)["state"] == "done"
+    starts = [s["step"] for s in json.loads((run / "launch.json").read_text())["starts"]]
+    assert len(starts) == 2 and starts[0] == 0 < starts[1] < 60
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_task_that_is_killed_leaves_no_process_behind(tmp_path, options):
+    run = tmp_path / "run"
+    words = [*options, "--run_dir", str(run), "--train.max_steps", "10000"]
+    code = f"from launch.task import Task; Task({words!r}, {str(run)!r}, ranks_per_node=2)()"
+    task = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text())
+    below = _descendants(task.pid)
+    task.kill()
+    task.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
+    said = read_state(run)
+    assert said["state"] == "requeue" and newest_checkpoint_step(run) == said["step"] > 0
+
+
+@pytest.mark.slow
+def test_debug_executor_runs_in_front_and_tells_how_it_ended(tmp_path, options, capsys):
+    words = ["--executor", "debug", "--max-restarts", "0", "--", *options, "--train.max_steps", "3"]
+    assert submit.main([*words, "--run_dir", str(tmp_path / "good")]) == 0
+    assert read_state(tmp_path / "good")["state"] == "done"
+    assert submit.main([*words, "--run_dir", str(tmp_path / "bad"), "--data.train_shards", str(tmp_path / "none")]) == 1
+    assert f"{tmp_path / 'bad'} failed at step 0: " in capsys.readouterr().err
+
+
+def wait_for(reached, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
