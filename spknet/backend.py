@@ -16,7 +16,8 @@ import numpy as np
 
 from spknet import scoring
 from spknet.calibration import Calibration, features, fit
-from spknet.config import DataConfig
+from spknet.config import Config, DataConfig
+from spknet.data import dev_speakers
 from spknet.scoring import ScoringError
 from spknet.sources import SAMPLE_RATE, Places, Sources, as_list
 from spknet.trials import TrialError, Trials, open_text
@@ -107,6 +108,14 @@ class Backend:
         known = {"duration": (embedded.samples / SAMPLE_RATE, np.sum), "magnitude": (embedded.magnitudes(), np.mean)}
         sides = [tuple(map(np.log, embedded.sides(trials, *known[quality]))) for quality in self.qualities]
         return features(scores, sides)
+
+
+def trained_speakers(config: Config, meta: dict) -> list[str] | None:
+    """The speakers that a network of spknet.checkpoint.load_network was trained on; None where its file does not say."""
+    if "speakers" not in meta:
+        return None
+    kept_out = dev_speakers(meta["speakers"], config.data.dev_speakers)
+    return [name for name, out in zip(meta["speakers"], kept_out) if not out]
 
 
 def cohort_places(data: DataConfig, each: int, speakers: list[str] | None) -> tuple[Places, np.ndarray]:

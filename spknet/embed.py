@@ -13,7 +13,9 @@ longer than the crop is first repeated until it is one sample longer (`zeros`: p
 
 from __future__ import annotations
 
+import argparse
 import heapq
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +25,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from spknet.config import ConfigError
 from spknet.gather import rank, world_size
-from spknet.sources import Places, Sources
+from spknet.sources import SAMPLE_RATE, Places, Sources
 
 SHORTEST = 8000  # samples; shorter utterances are repeated to this length: networks need a few dozen frames
 GATHERED = 4096  # rows of a rank that travel at a time
@@ -198,3 +201,59 @@ def _gather(own: torch.Tensor | None, rows: list[np.ndarray], crops: int, device
             wanted = rows[r][start : start + n]
             out[torch.from_numpy(wanted)] = blocks[r][: len(wanted)].cpu()
     return out.numpy() if rank() == 0 else None
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m spknet.embed", description="embeddings of audio files")
+    parser.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
+    parser.add_argument("--list", required=True, help="file whose lines end in the name of an utterance")
+    parser.add_argument("--root", nargs="+", help="folders that the names start from")
+    parser.add_argument("--shards", nargs="+", help="packed data sets that hold the utterances")
+    parser.add_argument("--out", required=True, help="folder for embeddings.npy and the names")
+    parser.add_argument("--crop_seconds", type=float, default=0.0, help="length of a crop; 0: whole utterances")
+    parser.add_argument("--crops", type=int, default=1, help="crops spread evenly over an utterance")
+    parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in one forward pass")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0: an equal share of the cores")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m spknet.embed --checkpoint RUN --list FILES --root FOLDER --out FOLDER`: embeddings of audio files.
+
+    The last word of each line names an utterance, so training lists do as they are; alone or under torchrun.
+    """
+    from shards.format import ShardError
+    from spknet import kept
+    from spknet.backend import Embedded
+    from spknet.checkpoint import CheckpointError, load_network
+    from spknet.distributed import RankError, ranks
+    from spknet.trials import TrialError, open_text
+
+    chosen = arguments(argv)
+    try:
+        crops = Crops(round(chosen.crop_seconds * SAMPLE_RATE), chosen.crops)
+        names = sorted({line.split()[-1] for _, line in open_text(chosen.list) if line.strip()})
+        with ranks(chosen.device, chosen.threads) as me:
+            model, config, meta = load_network(chosen.checkpoint, me.device)
+            sources = Sources(chosen.shards, chosen.root)
+            places = sources.locate(names)
+            if places.missing():
+                raise TrialError(f"{chosen.list}: {places.missing()[0]} not found in {sources.describe(chosen.shards)}")
+            places = sources.measure(places)
+            how = {"batch_seconds": chosen.batch_seconds, "bf16": chosen.precision == "bf16"}
+            found = embed(model, sources, places, crops, device=me.device, **how)
+            if me.first:
+                settings = {"score": config.eval.score, "crops": chosen.crops, "crop_seconds": chosen.crop_seconds}
+                facts = {"path": meta["path"], "step": meta.get("step"), "loss": config.loss.name, "eval": settings}
+                kept.keep(chosen.out, Embedded(found, {n: i for i, n in enumerate(names)}, places.samples), facts)
+                print(f"{chosen.out}: {len(names)} utterances, {found.shape[-1]} dimensions")
+    except (TrialError, ShardError, CheckpointError, RankError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

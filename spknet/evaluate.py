@@ -20,7 +20,7 @@ import torch
 from shards.format import ShardError
 from spknet import breakdown, kept, report, rng, scoring
 from spknet.assess import Ask, assess, flat
-from spknet.backend import Backend, Embedded, cohort_places, speaker_means
+from spknet.backend import Backend, Embedded, cohort_places, speaker_means, trained_speakers
 from spknet.calibration import QUALITIES, CalibrationError
 from spknet.checkpoint import CheckpointError, load_network
 from spknet.config import Config, ConfigError, DataConfig, EvalConfig, LossConfig
@@ -203,7 +203,7 @@ def _asked(chosen: argparse.Namespace, config: Config) -> Ask:
 
 def _cohort_places(chosen: argparse.Namespace, config: Config, meta: dict) -> tuple:
     """(where the cohort lies, its utterances, the speaker of each); checked, so that --as_norm K fits it."""
-    data, speakers = config.data, meta.get("speakers")
+    data, speakers = config.data, trained_speakers(config, meta)
     if chosen.cohort or chosen.cohort_shards:
         data, speakers = (
             DataConfig(train_list=chosen.cohort, train_root=chosen.cohort_root, train_shards=chosen.cohort_shards),

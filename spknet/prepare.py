@@ -39,7 +39,7 @@ def check(config: Config, enrolment: str | None = None) -> Prepared | None:
     """Reads all lists, finds all their utterances and their lengths; None where the config names no list.
 
     enrolment: a list of models of several utterances. Talks to no other rank. Raises TrialError (list, line, what is
-    wrong), ShardError (audio that cannot be read) or ValueError (crops that cannot be).
+    wrong), ShardError (audio that cannot be read) or ConfigError (crops that cannot be).
     """
     crops_of(config)
     lists, roles = read_lists(config, enrolment)
