@@ -16,12 +16,13 @@ from spknet.features import Spectrum
 from spknet.models.pooling import build_head
 
 MELS = 40
+FEWEST_FRAMES = 63  # three poolings leave one frame of these
 
 
 class VGGVox(nn.Module):
     """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size). Its analysis window is Hann by default.
 
-    masks (batch, 4, 2): SpecAugment, see spknet.features.apply_masks. Raises ConfigError for other than 40 mel bands.
+    masks (batch, 4, 2): SpecAugment, see spknet.features.apply_masks. Crops of less than 0.62 s are repeated. Raises ConfigError for other than 40 mel bands.
     """
 
     encoders = ("SAP", "TAP", "MAX", "ASP")
@@ -54,5 +55,8 @@ class VGGVox(nn.Module):
         self.head = build_head(config.encoder, d, config.embedding_size)
 
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
+        shortest = (FEWEST_FRAMES - 1) * self.features.hop
+        if waves.shape[1] < shortest:
+            waves = waves.repeat(1, -(-shortest // waves.shape[1]))[:, :shortest]
         x = self.layers(self.features(waves, masks)[:, None])  # (batch, channels, 1, frames)
         return self.head(x[:, :, 0])
