@@ -19,7 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def torchrun(words, run_dir, ranks=2, extra=(), **more):
     handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+    ]
     command += ["--signals-to-handle", handled, "--shutdown-timeout", "60", *extra, "-m", "spknet.train", *words]
     command += ["--run_dir", str(run_dir)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

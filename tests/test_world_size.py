@@ -27,7 +27,17 @@ def test_losses_of_20_adam_steps_are_equal_on_1_2_and_4_ranks(loss, options, tmp
     ("model", "encoder"), [("ResNetSE34", "SAP"), ("ResNetSE34V2", "ASP"), ("VGGVox", "TAP"), ("RawNet3", "ECA")]
 )
 def test_every_network_gives_equal_losses_on_1_and_2_ranks(model, encoder, options, tmp_path):
-    words = [*options, "--model.name", model, "--model.encoder", encoder, "--model.width", "0.125", "--train.max_steps", "4"]
+    words = [
+        *options,
+        "--model.name",
+        model,
+        "--model.encoder",
+        encoder,
+        "--model.width",
+        "0.125",
+        "--train.max_steps",
+        "4",
+    ]
     assert losses(2, words, tmp_path / "2") == pytest.approx(losses(1, words, tmp_path / "1"), rel=1e-8)
 
 
@@ -46,7 +56,15 @@ def test_any_number_of_workers_gives_the_same_bits(options, corpus, tmp_path):
 
 def test_augmentation_is_the_same_on_1_and_2_ranks(options, noise_and_rir, tmp_path):
     noise, rir = noise_and_rir
-    words = [*options, "--augment.noise_shards", str(noise), "--augment.rir_shards", str(rir), "--augment.speed", "[0.9, 1.1]"]
+    words = [
+        *options,
+        "--augment.noise_shards",
+        str(noise),
+        "--augment.rir_shards",
+        str(rir),
+        "--augment.speed",
+        "[0.9, 1.1]",
+    ]
     words += ["--augment.spec_augment", "true", "--augment.probability", "0.9", "--train.max_steps", "5"]
     one = losses(1, words, tmp_path / "1")
     assert one != losses(1, [*options, "--train.max_steps", "5"], tmp_path / "clean")
@@ -80,7 +98,9 @@ def test_chunks_give_the_gradient_of_the_whole_batch(world, options, tmp_path):
     for _, chunked in every:
         assert set(chunked) == set(whole)
         for name in whole:
-            torch.testing.assert_close(torch.from_numpy(chunked[name]), torch.from_numpy(whole[name]), rtol=1e-8, atol=1e-12)
+            torch.testing.assert_close(
+                torch.from_numpy(chunked[name]), torch.from_numpy(whole[name]), rtol=1e-8, atol=1e-12
+            )
 
 
 def test_chunks_count_running_statistics_once(options, tmp_path):
