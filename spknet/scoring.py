@@ -2,7 +2,7 @@
 
     cosine          e.t / |e||t| of utterance vectors: the mean of an utterance's length-normalised crops; of a model, the
                     mean of its utterances' vectors; optionally minus the cohort's mean
-    mean_distance   minus the mean over all pairs of crops of ||a - b + 1e-6|| (voxceleb_trainer; the 1e-6 is torch's)
+    mean_distance   minus the mean Euclidean distance over all pairs of crops (voxceleb_trainer)
     AS-norm         1/2 [(s - mu_e)/sd_e + (s - mu_t)/sd_t], mean and deviation of each side's K highest cohort scores
                     (Matejka et al. 2017)
 
@@ -21,7 +21,6 @@ from spknet.trials import TrialError, Trials
 BLOCK = 4096  # trials of one block of cosines
 PAIRS = 64  # trials of one block of crop distances
 COHORT_BLOCK = 512  # utterances that meet the cohort at a time
-EPSILON = 1e-6  # of torch.nn.functional.pairwise_distance
 
 
 class ScoringError(ValueError):
@@ -62,25 +61,24 @@ def mean_distance(left_crops, right_crops, left: np.ndarray, right: np.ndarray) 
     """Minus the mean distance between all pairs of crops. left_crops: (A, crops, D), or a list of (any crops, D) for models
     of different numbers of utterances; right_crops: (B, crops, D); left, right: (n,) -> (n,).
 
-    With e = 1e-6: ||a - b + e||^2 = (|a|^2 + 2 e sum a + D e^2) + (|b|^2 - 2 e sum b) - 2 a.b, so a trial is one small matrix
-    product. Trials are taken in the order of their left sides, which then stay in the processor's cache.
+    ||a - b||^2 = |a|^2 + |b|^2 - 2 a.b, so a trial is one small matrix product. Trials are taken in the order of their left
+    sides, which then stay in the processor's cache.
     """
     if isinstance(left_crops, list):
         out = np.empty(len(left), right_crops.dtype)
         for i, own in enumerate(left_crops):
             trials = np.flatnonzero(left == i)
-            out[trials] = mean_distance(own[None], right_crops, np.zeros(len(trials), np.int64), right[trials])
+            zeros, each = np.zeros(len(trials), np.int64), np.arange(len(trials))
+            out[trials] = mean_distance(own[None], right_crops[right[trials]], zeros, each)
         return out
     a, b = torch.from_numpy(left_crops), torch.from_numpy(right_crops)
     order = np.argsort(left, kind="stable")
     i, j = (torch.from_numpy(index[order].astype(np.int64)) for index in (left, right))
-    norms_a = ((a * (a + 2 * EPSILON)).sum(-1) + a.shape[-1] * EPSILON**2).unsqueeze(2)  # (A, crops, 1)
-    norms_b = (b * (b - 2 * EPSILON)).sum(-1).unsqueeze(1)  # (B, 1, crops)
-    columns = b.transpose(1, 2)
+    norms_a, norms_b = (a * a).sum(-1).unsqueeze(2), (b * b).sum(-1).unsqueeze(1)  # (A, crops, 1), (B, 1, crops)
     out = torch.empty(len(i), dtype=a.dtype)
     for start in range(0, len(i), PAIRS):
         p, q = i[start : start + PAIRS], j[start : start + PAIRS]
-        squared = torch.baddbmm(norms_a[p] + norms_b[q], a[p], columns[q], alpha=-2)  # (block, crops, crops)
+        squared = torch.baddbmm(norms_a[p] + norms_b[q], a[p], b[q].transpose(1, 2), alpha=-2)  # (block, crops, crops)
         torch.mean(squared.clamp_(min=0).sqrt_().flatten(1), dim=1, out=out[start : start + PAIRS])
     scores = np.empty(len(order), left_crops.dtype)
     scores[order] = -out.numpy()
