@@ -64,8 +64,9 @@ def is_legacy(argv: list[str]) -> bool:
     """Whether a command line is voxceleb_trainer's: it has one of its flags, or a YAML file of its options."""
     words = [word[2:].split("=", 1)[0] for word in argv if word.startswith("--")]
     path = value_of(argv, "config")
-    if path is not None:
-        return Path(path).is_file() and bool(KNOWN & set(read_yaml(path)))
+    if path is not None:  # our own files have groups of options where theirs have values: model, eval, augment
+        values = read_yaml(path) if Path(path).is_file() else {}
+        return any(name in KNOWN and not isinstance(value, dict) for name, value in values.items())
     return any(word in KNOWN for word in words)
 
 

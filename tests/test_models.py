@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from spknet import info, legacy_state, rng
-from spknet.config import ConfigError, ModelConfig
+from spknet.config import RECIPES, ConfigError, ModelConfig, parse
 from spknet.features import Spectrum, apply_masks
+from spknet.losses import LOSSES, build_loss
 from spknet.models import MODELS, build_model
 from spknet.models.pooling import ChannelAttention, Maximum, Mean, SelfAttention
 
@@ -301,3 +302,18 @@ def test_compiled_channels_last_gives_the_same_embeddings():
         model.to(memory_format=torch.channels_last)
         model.compile()
         assert relative(model(waves), plain) < 1e-4
+
+
+def test_recipes_of_the_papers_grid_build():
+    recipes = sorted(path.stem for path in RECIPES.glob("loss_*.yaml"))
+    assert recipes == sorted(f"loss_{name}" for name in LOSSES)
+    for network, name in (("vgg_m_40", "VGGVox"), ("thin_resnet34", "ResNetSE34"), ("fast_resnet34", "ResNetSE34L")):
+        model = build_model(parse(["--config", network]).model)
+        assert type(model).__name__ == name
+        for recipe in recipes:
+            c = parse(["--config", network, "--config", recipe])
+            assert c.model.name == name and recipe == f"loss_{c.loss.name}"
+            assert c.data.crop_seconds == 2.015 and c.eval.crop_seconds == 4.015  # 200 and 400 frames
+            build_loss(c.loss, c.model.embedding_size, 10, c.data.utterances_per_speaker)
+    balanced = parse(["--config", "balanced"])
+    assert (balanced.data.speakers_per_batch, balanced.data.utterances_per_speaker) == (400, 2)
