@@ -44,7 +44,7 @@ class Crops:
 
     def __post_init__(self):
         if self.count < 1 or (self.samples == 0 and self.count != 1):
-            raise ValueError(
+            raise ConfigError(
                 f"{self.count} crops of {self.samples} samples: several crops want eval.crop_seconds above 0"
             )
 
