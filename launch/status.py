@@ -27,6 +27,7 @@ from spknet.log import read_metrics
 from spknet.run import STALE_SECONDS, read_state
 
 ACTIVE = ("queued", "running", "requeued")
+ORDINARY = ("", "None", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime")  # reasons that pass by themselves
 LOG_LINES = 12  # shown of a failed run's log
 
 
@@ -82,12 +83,12 @@ def statuses(folder: Path) -> list[Status]:
 
 
 def slurm_jobs() -> dict[str, str] | None:
-    """State of each of this user's queued and running jobs by id (array elements as 12_3); None without SLURM."""
+    """State and reason of each of this user's queued and running jobs by id (array elements as 12_3); None without SLURM."""
     if shutil.which("squeue") is None:
         return None
-    command = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T"]
+    command = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r"]
     asked = subprocess.run(command, capture_output=True, text=True)
-    return None if asked.returncode else dict(line.split("|") for line in asked.stdout.split())
+    return None if asked.returncode else dict(line.split("|", 1) for line in asked.stdout.splitlines())
 
 
 def run_status(run: Path, jobs: dict[str, str] | None) -> Status:
@@ -106,15 +107,15 @@ def _state(run: Path, said: dict, job: dict, jobs: dict[str, str] | None) -> tup
         return said["state"], said.get("reason", "")
     if not job and not said:
         return "missing", ""
-    in_slurm = _job_state(job, jobs)
+    in_slurm, _, why = (_job_state(job, jobs) or "").partition("|")
     if in_slurm in ("PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED"):
-        return ("requeued" if said else "queued"), said.get("reason", "")
+        return ("requeued", said.get("reason", "")) if said else ("queued", why)
     if in_slurm == "COMPLETING" and said.get("state") == "requeue":
         return "requeued", said.get("reason", "")
-    if in_slurm in ("RUNNING", "COMPLETING") or (in_slurm is None and _breathes(run)):
+    if in_slurm in ("RUNNING", "COMPLETING") or (not in_slurm and _breathes(run)):
         return "running", ""
     where = f"at step {said['step']}" if said else "before it started"
-    if in_slurm is not None:
+    if in_slurm:
         return "failed", f"job {job['job']} ended ({in_slurm}) {where}; submitting it again continues it"
     if said.get("state") == "requeue":
         return "requeued", said.get("reason", "")
@@ -170,7 +171,8 @@ def table(found: list[Status]) -> str:
         total = f"/{s.total_steps}" if s.total_steps else ""
         speed = f"{s.utterances_per_second:.0f}" if s.utterances_per_second and s.state == "running" else ""
         eer = "" if s.eer is None else f"{s.eer:.2f}"
-        rows.append((s.name, s.state, f"{s.step}{total}", speed, duration(s.seconds_left), eer))
+        state = f"queued ({s.reason})" if s.state == "queued" and s.reason not in ORDINARY else s.state
+        rows.append((s.name, state, f"{s.step}{total}", speed, duration(s.seconds_left), eer))
     text = aligned(rows) + f"\n{summary(found)}"
     for s in found:
         if s.state == "failed":

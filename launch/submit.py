@@ -20,6 +20,8 @@ from pathlib import Path
 from spknet.config import Config, ConfigError, parse
 from spknet.run import write_json
 
+SINFO_SECONDS = 30  # a client that cannot reach its controller tries for a minute or more
+
 
 class SubmitError(ValueError):
     """The run cannot be submitted; the message says what to change."""
@@ -140,9 +142,13 @@ def check_cluster(options: argparse.Namespace) -> None:
         return
     if not (shutil.which("sinfo") and shutil.which("sbatch") and shutil.which("srun")):
         raise SubmitError("no SLURM here (sinfo, sbatch or srun not found); --executor local runs on this machine")
-    asked = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True)
-    if asked.returncode:
-        raise SubmitError(f"SLURM does not answer: {asked.stderr.strip()}; --executor local runs on this machine")
+    try:
+        asked = subprocess.run(
+            ["sinfo", "-h", "-o", "%R"], capture_output=True, text=True, timeout=SINFO_SECONDS, check=True
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        why = error.stderr.strip() if isinstance(error.stderr, str) else f"sinfo took over {SINFO_SECONDS} s"
+        raise SubmitError(f"SLURM does not answer: {why}; --executor local runs on this machine") from None
     partitions = sorted(set(asked.stdout.split()))
     unknown = [p for p in (options.partition or "").split(",") if p and p not in partitions]
     if unknown:

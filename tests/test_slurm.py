@@ -61,13 +61,14 @@ def test_unknown_partition_is_an_error_naming_those_there_are(tmp_path, capsys):
 
 
 def test_slurm_that_does_not_answer_is_an_error_with_its_words(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none.conf"))
+    (tmp_path / "empty.conf").write_text("")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "empty.conf"))
     status_, said = submitted(capsys, "--", "--run_dir", tmp_path)
     assert status_ == 2 and "SLURM does not answer: " in said and "--executor local" in said
 
 
 def test_what_sbatch_refuses_is_shown(tmp_path, capsys):
-    status_, said = submitted(capsys, "--cpus-per-rank", 9999, "--", "--run_dir", tmp_path)
+    status_, said = submitted(capsys, "--mem-gb", 9999, "--", "--run_dir", tmp_path)
     assert status_ == 2 and "sbatch refused: " in said and "node configuration is not available" in said
 
 

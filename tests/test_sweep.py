@@ -162,6 +162,14 @@ def test_state_comes_from_the_run_and_from_slurm(tmp_path, in_slurm, said, expec
     assert status.run_status(tmp_path, {"12_3": in_slurm} if in_slurm else {}).state == expected
 
 
+def test_reason_that_will_not_pass_by_itself_is_shown(tmp_path):
+    note_job(tmp_path, "12_3", age=60)
+    assert "queued (PartitionConfig)" in status.table(
+        [status.run_status(tmp_path, {"12_3": "PENDING|PartitionConfig"})]
+    )
+    assert "queued (" not in status.table([status.run_status(tmp_path, {"12_3": "PENDING|Resources"})])
+
+
 def test_failure_of_an_earlier_submission_is_not_that_of_the_new_one(tmp_path):
     write_run(tmp_path, "failed", [50], reason="a flat tyre")
     note_job(tmp_path, "12_3", age=-1)
