@@ -118,12 +118,6 @@ def _version(argv: list[str], given: dict[str, Any]) -> str:
 def _values(flags: argparse.Namespace, version: str, notes: list[str]) -> dict[str, Any]:
     """Nested options of a Config."""
     seed = version == "seed"
-    if flags.optimizer not in ("adam", "sgd"):
-        raise ConfigError(f"--optimizer {flags.optimizer}: voxceleb_trainer has adam and sgd")
-    if flags.scheduler != "steplr":
-        raise ConfigError(f"--scheduler {flags.scheduler}: expected steplr; see --optim.schedule for others")
-    decay = flags.weight_decay if flags.weight_decay is not None else (5e-5 if flags.optimizer == "sgd" else 0.0)
-    whole = flags.eval_frames == 0
     values: dict[str, Any] = {
         "run_dir": flags.save_path,
         "data": {
@@ -135,16 +129,7 @@ def _values(flags: argparse.Namespace, version: str, notes: list[str]) -> dict[s
             "max_utterances_per_speaker": flags.max_seg_per_spk,
             "workers": flags.nDataLoaderThread,
         },
-        "model": {
-            "name": flags.model,
-            "encoder": flags.encoder_type,
-            "embedding_size": flags.nOut,
-            "n_mels": 40 if flags.model in ("VGGVox", "VGGVox40") else flags.n_mels,
-            "log_input": flags.log_input,
-            "window": "hann" if seed else "auto",
-            "input_scale": "int16" if seed else "unit",
-            "sinc_stride": flags.sinc_stride,
-        },
+        "model": _model(flags, seed),
         "loss": {
             "name": flags.trainfunc,
             "margin": flags.margin,
@@ -154,25 +139,9 @@ def _values(flags: argparse.Namespace, version: str, notes: list[str]) -> dict[s
             "hard_prob": flags.hard_prob,
             "n_classes": flags.nSpeakers if "softmax" in flags.trainfunc else None,
         },
-        "optim": {
-            "name": flags.optimizer,
-            "lr": flags.lr,
-            "weight_decay": decay,
-            "schedule": "step",
-            "lr_decay": flags.lr_decay,
-            "lr_decay_epochs": flags.test_interval,
-        },
+        "optim": _optim(flags),
         "train": {"epochs": flags.max_epoch, "seed": flags.seed, **_start(flags, seed, notes)},
-        "eval": {
-            "trials": flags.test_list or None,
-            "root": flags.test_path or None,
-            "every_epochs": float(flags.test_interval),
-            "crop_seconds": 0.0 if whole else _seconds(flags.eval_frames),
-            "crops": 1 if whole else 10,
-            "score": "mean_distance",
-            "padding": "zeros" if seed else "repeat",
-            "metrics": "voxceleb_trainer",
-        },
+        "eval": _eval(flags, seed),
     }
     if flags.mixedprec:
         values["train"]["precision"] = "fp16"
@@ -180,6 +149,51 @@ def _values(flags: argparse.Namespace, version: str, notes: list[str]) -> dict[s
         values["augment"] = {"noise_shards": flags.musan_path, "rir_shards": flags.rir_path}
     notes += _remarks(flags)
     return values
+
+
+def _model(flags: argparse.Namespace, seed: bool) -> dict[str, Any]:
+    return {
+        "name": flags.model,
+        "encoder": flags.encoder_type,
+        "embedding_size": flags.nOut,
+        "n_mels": 40 if flags.model in ("VGGVox", "VGGVox40") else flags.n_mels,
+        "log_input": flags.log_input,
+        "window": "hann" if seed else "auto",
+        "input_scale": "int16" if seed else "unit",
+        "sinc_stride": flags.sinc_stride,
+    }
+
+
+def _optim(flags: argparse.Namespace) -> dict[str, Any]:
+    if flags.optimizer not in ("adam", "sgd"):
+        raise ConfigError(f"--optimizer {flags.optimizer}: voxceleb_trainer has adam and sgd")
+    if flags.scheduler != "steplr":
+        raise ConfigError(f"--scheduler {flags.scheduler}: expected steplr; see --optim.schedule for others")
+    decay = flags.weight_decay
+    if decay is None:
+        decay = 5e-5 if flags.optimizer == "sgd" else 0.0
+    return {
+        "name": flags.optimizer,
+        "lr": flags.lr,
+        "weight_decay": decay,
+        "schedule": "step",
+        "lr_decay": flags.lr_decay,
+        "lr_decay_epochs": flags.test_interval,
+    }
+
+
+def _eval(flags: argparse.Namespace, seed: bool) -> dict[str, Any]:
+    whole = flags.eval_frames == 0
+    return {
+        "trials": flags.test_list or None,
+        "root": flags.test_path or None,
+        "every_epochs": float(flags.test_interval),
+        "crop_seconds": 0.0 if whole else _seconds(flags.eval_frames),
+        "crops": 1 if whole else 10,
+        "score": "mean_distance",
+        "padding": "zeros" if seed else "repeat",
+        "metrics": "voxceleb_trainer",
+    }
 
 
 def _seconds(frames: int) -> float:

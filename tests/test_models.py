@@ -247,6 +247,13 @@ def test_a_network_at_another_sample_rate():
     assert model.features.n_fft == 256 and model.features.hop == 80
 
 
+def test_vggvox_repeats_crops_that_its_poolings_would_swallow():
+    model, waves = build_model(ModelConfig(name="VGGVox", width=0.25)).eval(), torch.randn(2, 5000) * 0.1
+    with torch.no_grad():
+        assert torch.equal(model(waves), model(waves.repeat(1, 2)[:, : 62 * 160]))
+        assert model(waves.repeat(1, 2)).shape == (2, 512)
+
+
 def test_errors_name_what_would_fit():
     with pytest.raises(ConfigError, match="model.name RawNet: no such network; did you mean RawNet3"):
         build_model(ModelConfig(name="RawNet"))
