@@ -55,9 +55,9 @@ def read_scores(path: Path) -> tuple[np.ndarray, Trials]:
 def systems(paths: list[str], every: bool) -> list[tuple[str, dict[str, tuple[np.ndarray, Trials]]]]:
     """[(name, {list: (scores, trials)})] of each report's last system, or of every system; names by folder."""
     found = []
-    folders = [Path(path).resolve() for path in paths]
-    for path, folder in zip(paths, folders):
-        where, content = read_report(path)
+    reports = [read_report(path) for path in paths]
+    folders = [where.resolve() for where, _ in reports]
+    for folder, (where, content) in zip(folders, reports):
         lists = [entry for entry in content["lists"] if "systems" in entry]
         names = list(dict.fromkeys(name for entry in lists for name in entry["scores"]))
         for name in names if every else names[-1:]:

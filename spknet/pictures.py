@@ -168,8 +168,9 @@ def speaker_map(rows: np.ndarray, speakers: list[str], most: int = 12, each: int
         plane = place.fit_transform(rows[chosen].astype(np.float64))
     else:
         method = "PCA"
-        plane = PCA(min(2, len(chosen))).fit_transform(rows[chosen].astype(np.float64))
-        plane = np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
+        plane = np.zeros((len(chosen), 2))
+        if len(chosen) > 1:
+            plane = PCA(2).fit_transform(rows[chosen].astype(np.float64))
     figure, axes = _figure(7.0, 5.2)
     markers = "os^Dv<>Pp*hX"
     for number, name in enumerate(shown):
