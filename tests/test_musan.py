@@ -98,7 +98,7 @@ HOSTILE = {
     "absolute": ([("/evil.wav", b"1")], "leaves its folder"),
     "link": ([(link("musan/noise"), b"")], "is a link or a device"),
     "duplicate": ([("musan/noise/a/b.wav", b"1"), ("musan/noise/a/b.wav", b"1")], "stands there twice"),
-    "nothing of use": ([("musan/README", b"1")], "no recordings of noise, music, speech in it"),
+    "nothing of use": ([("musan/README", b"1")], "no recordings in it that are wanted"),
 }
 
 

@@ -118,13 +118,23 @@ def pack_all(options: argparse.Namespace) -> None:
             continue
         if not archive.exists():
             raise ArchiveError(f"{archive} is not there: run `download` first, or put it there")
-        tar = unpack_gzip(archive) if name == MUSAN else None
-        items = list(musan_entries(tar) if tar else rir_entries(archive, options.rooms.split(",")))
-        if not items:
-            raise ArchiveError(f"{archive}: no recordings of {', '.join(CATEGORIES) if tar else options.rooms} in it")
-        pack(items, out, workers=options.workers, convert=options.convert)
-        if tar:
+        if name == RIRS:
+            _pack(archive, rir_entries(archive, options.rooms.split(",")), out, options)
+            continue
+        tar = unpack_gzip(archive)
+        try:
+            _pack(archive, musan_entries(tar), out, options)
+        finally:
             tar.unlink()
+
+
+def _pack(archive: Path, entries: Iterator[tuple[str, str, str]], out: Path, options: argparse.Namespace) -> None:
+    items = list(entries)
+    if not items:
+        raise ArchiveError(
+            f"{archive}: no recordings in it that are wanted; is it the archive of that name (see --rooms)?"
+        )
+    pack(items, out, workers=options.workers, convert=options.convert)
 
 
 def parser() -> argparse.ArgumentParser:
