@@ -13,9 +13,10 @@ import os
 import stat
 import struct
 import tarfile
+import threading
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def locate(sources: Iterable[str], n: int) -> np.ndarray:
 def _plain(path: str) -> tuple:
     try:
         status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return (0, 0, 0, 0, MISSING)
     if not stat.S_ISREG(status.st_mode):
         raise ShardError(f"{path} is not a regular file; expected audio")
@@ -108,15 +109,17 @@ def read_source(source: str, where: np.void | None = None) -> bytes:
     if where["method"] == MISSING:
         raise ShardError(f"{source}: no such {'file' if member is None else 'member'}")
     if member is None:
-        return Path(archive).read_bytes()
+        try:
+            return Path(archive).read_bytes()
+        except OSError as error:
+            raise ShardError(f"{source}: not readable ({error.strerror})") from None
     offset, packed = int(where["offset"]), int(where["packed"])
-    fd = _archive_fd(archive, os.getpid())
     if where["method"] != TAR:
-        header = os.pread(fd, 30, offset)
+        header = _pread(archive, 30, offset)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise ShardError(f"{source}: no zip member at byte {offset}; the archive has changed or is damaged")
         offset += 30 + sum(struct.unpack("<HH", header[26:30]))  # its name and its extra field
-    data = os.pread(fd, packed, offset)
+    data = _pread(archive, packed, offset)
     if len(data) != packed:
         raise ShardError(f"{source}: found {len(data)} bytes, expected {packed}; the archive is cut")
     return data if where["method"] == TAR else _unzip(source, data, where)
@@ -151,7 +154,17 @@ def _located(source: str) -> np.void:
     return np.array(found, LOCATION)[()]
 
 
-@functools.lru_cache(maxsize=64)
-def _archive_fd(archive: str, pid: int) -> int:
-    # Never closed: an evicted descriptor may be in use, and a run has few archives. pid: a forked child opens its own.
-    return os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
+MAX_OPEN = 16  # archives of a process
+_open_archives: OrderedDict[str, int] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _pread(archive: str, nbytes: int, offset: int) -> bytes:
+    # pread leaves the position alone, so a forked child may go on with its parent's descriptors.
+    with _lock:
+        if archive not in _open_archives:
+            if len(_open_archives) >= MAX_OPEN:
+                os.close(_open_archives.popitem(last=False)[1])
+            _open_archives[archive] = os.open(archive, os.O_RDONLY | os.O_CLOEXEC)
+        _open_archives.move_to_end(archive)
+        return os.pread(_open_archives[archive], nbytes, offset)

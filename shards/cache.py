@@ -173,10 +173,10 @@ def _same_file(fd: int, path: Path) -> bool:
         return False
 
 
-def is_network(path: Path) -> bool:
-    """Whether a path lies on a network file system, by /proc/mounts."""
+def is_network(path: Path, mounts: str | Path = "/proc/mounts") -> bool:
+    """Whether a path lies on a network file system; mounts: the list of mounted ones, as in fstab."""
     try:
-        lines = Path("/proc/mounts").read_text().splitlines()
+        lines = Path(mounts).read_text().splitlines()
     except FileNotFoundError:
         return False
     best, kind = "", ""

@@ -110,10 +110,13 @@ def write_index(
     lines = [(s["sha256"], s["url"]) for s in shards] + list(sums)
     lines += [(files[name]["sha256"], f"index/{name}") for name in FILES]
     lines.append((hashlib.sha256(text).hexdigest(), "index/index.json"))
-    with format.atomic_write(out / "SHA256SUMS") as file:
-        file.write("".join(f"{digest}  {path}\n" for digest, path in lines).encode())
-    with format.atomic_write(folder / "index.json") as file:
-        file.write(text)
+    for path, data in ((out / "SHA256SUMS", _sums_text(lines)), (folder / "index.json", text)):
+        with format.atomic_write(path) as file:
+            file.write(data)
+
+
+def _sums_text(lines: list[tuple[str, str]]) -> bytes:
+    return "".join(f"{digest}  {path}\n" for digest, path in lines).encode()
 
 
 def _labels(rows: np.ndarray, bounds: np.ndarray, generation: np.ndarray) -> np.ndarray:

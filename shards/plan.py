@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from shards import archive
 from shards.format import ShardError, atomic_write, check_key, check_speaker
@@ -201,7 +202,8 @@ def read_record(path: Path) -> Record:
 
 def locate(entries: Entries, chosen: np.ndarray, skip_missing: bool) -> np.ndarray:
     """LOCATION of each chosen entry's source. Raises ShardError naming the first of those that are not there."""
-    where = archive.locate((entries.source(i) for i in chosen.tolist()), len(chosen))
+    sources = (entries.source(i) for i in tqdm(chosen.tolist(), "files", unit=" files", delay=5))
+    where = archive.locate(sources, len(chosen))
     missing = np.flatnonzero(where["method"] == archive.MISSING)
     if len(missing) and not skip_missing:
         first = entries.source(chosen[missing[0]])

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,5 +144,11 @@ def test_a_damaged_index_is_not_copied(tmp_path):
         open_shards(out, cache_dir=tmp_path / "cache")
 
 
-def test_this_folder_is_not_taken_for_a_network_file_system(tmp_path):
+def test_network_file_systems_are_told_by_the_longest_mount_above_a_path(tmp_path):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "/dev/a / ext4 rw 0 0\nserver:/x /home nfs4 rw 0 0\n/dev/b /home/local xfs rw 0 0\n@tcp:/l /l lustre rw 0 0\n"
+    )
+    paths = {"/home/a": True, "/home/local/b": False, "/homes": False, "/l": True, "/lustre": False, "/": False}
+    assert {path: cache_module.is_network(Path(path), mounts) for path in paths} == paths
     assert cache_module.is_network(tmp_path) is False

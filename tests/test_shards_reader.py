@@ -147,9 +147,9 @@ def test_threads_share_a_reader(tmp_path):
     assert len(wrong) == 80 and not any(wrong)
 
 
-def open_tars() -> int:
+def open_tars(folder) -> int:
     links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
-    return sum(link.endswith(".tar") for link in links)
+    return sum(link.startswith(str(folder)) and link.endswith(".tar") for link in links)
 
 
 def test_at_most_256_tars_are_open_in_a_process(tmp_path):
@@ -163,10 +163,10 @@ def test_at_most_256_tars_are_open_in_a_process(tmp_path):
     batch = np.zeros((540, 300), np.int16)
     rows = rng.permutation(np.repeat(np.arange(270), 2))
     utterances.read_batch(rows, np.full(540, 50), batch)
-    assert open_tars() == 256
+    assert open_tars(tmp_path) == 256
     assert np.array_equal(batch, [audio[utterances.key(row)][50:350] for row in rows.tolist()])
     del utterances
-    assert open_tars() == 0
+    assert open_tars(tmp_path) == 0
 
 
 def test_several_data_sets_keep_their_speakers_apart(tmp_path):
