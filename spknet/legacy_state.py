@@ -84,7 +84,6 @@ LOSS_RULES = {
 }
 # What a file may lack: it can be computed, is a counter, or is never used.
 OPTIONAL = re.compile(r"features\.(window|filters|taps|sinc\.window|sinc\.time)|unused\..*|.*num_batches_tracked")
-SHOWN = 8  # keys of each kind that a message names
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,7 @@ class Misfit:
         parts = []
         for kind, names in (("missing", self.missing), ("unexpected", self.unexpected), ("misshapen", self.misshapen)):
             if names:
-                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                parts.append(f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{more}")
+                parts.append(f"{len(names)} {kind}: {', '.join(names)}")
         return "; ".join(parts)
 
 
@@ -127,7 +125,7 @@ def is_legacy_checkpoint(state: object) -> bool:
 def split(state: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The network's and the loss's state dict of a checkpoint, without wrapping and prefixes."""
     if not is_legacy_checkpoint(state):
-        kind = f"keys {', '.join(map(str, list(state)[:SHOWN]))}" if isinstance(state, dict) else type(state).__name__
+        kind = f"keys {', '.join(map(str, list(state)[:8]))}" if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(
             f"not a checkpoint of spknet or voxceleb_trainer: found {kind}; expected a state dict, alone, under"
             " model_state_dict or under model"
