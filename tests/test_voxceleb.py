@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -245,6 +246,17 @@ def test_part_damaged_on_the_disk_is_found_before_it_is_used_up(host, tmp_path, 
     assert voxceleb.main(command(host, save, "pack", "--sets", "vox2_dev")) == 1
     assert "vox2_dev_aac_partac: md5" in capsys.readouterr().err
     assert len(list(save.glob("vox2_dev_aac_parta?"))) == 8 and not (save / "vox2_dev_aac.zip").exists()
+
+
+def test_full_disk_shows_before_extraction_and_before_packing(host, tmp_path, capsys, monkeypatch):
+    save = tmp_path / "data"
+    assert voxceleb.main(command(host, save, "download", "--sets", "vox2_dev")) == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert voxceleb.main(command(host, save, "pack", "--sets", "vox2_dev")) == 1
+    assert "GB are free: make room, choose another --shards, or --codec flac" in capsys.readouterr().err
+    assert voxceleb.main(command(host, save, "extract", "--sets", "vox2_dev")) == 1
+    assert "unpacking vox2_dev_aac.zip needs 0.00 GB in" in capsys.readouterr().err
+    assert (save / "vox2_dev_aac.zip").exists() and not (save / "voxceleb2").exists()
 
 
 def test_hostile_archive_is_not_packed_either(tmp_path, capsys):

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -318,6 +319,20 @@ def test_addresses_carry_key_and_name_where_they_belong_and_are_shown_without():
         Access("ftp://h").check()
     with pytest.raises(DownloadError, match="give --user and --password"):
         Access("https://me:hush@h/").check()
+
+
+def test_wrong_addresses_are_told_soon_and_without_the_key(tmp_path):
+    with pytest.raises(DownloadError) as error:
+        fetch_all({"a": "0" * 32}, tmp_path, Access("http://127.0.0.1:9/a b/{file}?key={key}", key="hush-hush"))
+    assert "not a valid address" in str(error.value) and "hush" not in str(error.value)
+    with pytest.raises(DownloadError, match="gave up after 4 tries .* refused"):
+        fetch_all({"a": "0" * 32}, tmp_path, Access(f"http://127.0.0.1:{closed_port()}", first_pause=0.01))
+
+
+def closed_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def parts_of_vox1(tmp_path, size):

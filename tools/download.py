@@ -19,12 +19,13 @@ import hashlib
 import http.client
 import os
 import shutil
+import sys
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -85,7 +86,8 @@ class Access:
         local = parts.hostname in ("localhost", "127.0.0.1", "::1")
         if parts.scheme == "http" and not local and (self.password or self.key):
             tqdm.write(
-                f"{parts.hostname}: the password or key travels unencrypted over http; use https if the host offers it"
+                f"{parts.hostname}: the password or key travels unencrypted over http; use https if the host offers it",
+                file=sys.stderr,
             )
 
 
@@ -118,6 +120,8 @@ def _open(access: Access, name: str, start: int, end: int | None = None):
     except urllib.error.HTTPError as error:
         with error:
             return _refused(access, name, start, error)
+    except http.client.InvalidURL:  # its text holds the whole address, key and all
+        raise DownloadError(f"{access.shown(name)}: not a valid address; is --base-url right?") from None
     except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if "CERTIFICATE_VERIFY_FAILED" in str(reason):
@@ -181,12 +185,15 @@ class _Retries:
                 "what has come is kept: run the same command again"
             )
         asked = error.args[1] if len(error.args) > 1 else 0.0
-        self.stop.wait(min(LONGEST_PAUSE, max(asked, self.access.first_pause * 2.0 ** (self.failures - 1))))
+        pause = min(LONGEST_PAUSE, max(asked, self.access.first_pause * 2.0 ** (self.failures - 1)))
+        if pause >= 1:
+            tqdm.write(f"{self.name}: {error.args[0]}; next try in {pause:.0f} s", file=sys.stderr)
+        self.stop.wait(pause)
 
 
 def _size(access: Access, name: str, stop: threading.Event) -> int | None:
     """Bytes of a file as the server tells them. It is also the first to hear that a key is refused."""
-    tries = _Retries(access, name, stop)
+    tries = _Retries(replace(access, retries=min(3, access.retries)), name, stop)  # a wrong host shows soon
     while not stop.is_set():
         try:
             stream, _, total = _open(access, name, 0, 0)

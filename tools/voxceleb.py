@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import MutableMapping
@@ -175,6 +176,7 @@ def pack_all(archives: dict[str, Archive], options: argparse.Namespace) -> None:
         if packed(name, options):
             print(f"{options.shards / name} is there already")
             continue
+        _check_room(name, archive, options)
         items = list(voxceleb_files.entries(archive, options.save_path))
         print(voxceleb_files.count_report(name, archive, Counter(speaker for speaker, _, _ in items))[1])
         pack(
@@ -184,6 +186,18 @@ def pack_all(archives: dict[str, Archive], options: argparse.Namespace) -> None:
             codec=options.codec,
             shard_bytes=options.shard_bytes,
             skip_bad=options.skip_bad and f"{options.skip_bad}.{name}",
+        )
+
+
+def _check_room(name: str, archive: Archive, options: argparse.Namespace) -> None:
+    whole, out = options.save_path / archive.zip, options.shards / name
+    growth = 3.5 if "aac" in archive.zip else 1.0  # 64 kbit/s to 256 kbit/s, less what m4a adds
+    need = growth * (0.5 if options.codec == "flac" else 1.0) * (whole.stat().st_size if whole.exists() else 0)
+    out.mkdir(parents=True, exist_ok=True)
+    need, free = need - sum(path.stat().st_size for path in out.glob("*.tar")), shutil.disk_usage(out).free
+    if need > free:
+        raise ArchiveError(
+            f"{out} needs about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room, choose another --shards, or --codec flac"
         )
 
 
