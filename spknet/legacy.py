@@ -29,8 +29,6 @@ from spknet.legacy_state import guess_model, is_legacy_checkpoint, load_initial,
 __all__ = ["Translation", "guess_model", "is_legacy", "is_legacy_checkpoint", "load_initial", "load_into", "translate"]
 
 HOP, EXTRA = 0.010, 0.015  # seconds: n frames of the reference are 160 n + 240 samples at 16 kHz
-
-
 NORMALIZED = ("ge2e", "angleproto")  # losses whose embeddings the version of mid 2020 length-normalises first
 
 
@@ -266,6 +264,8 @@ def _check(config: Config, flags: argparse.Namespace) -> None:
         raise ConfigError("--model is missing: ResNetSE34, ResNetSE34L, ResNetSE34V2, VGGVox or RawNet3")
     if not flags.trainfunc and not flags.eval:
         raise ConfigError("--trainfunc is missing: the name of a loss, such as angleproto")
+    if flags.eval and not config.eval.trials:
+        raise ConfigError("--eval wants --test_list FILE: lines `label path path`, paths starting from --test_path")
     for name in ("noise_shards", "rir_shards"):
         folder = getattr(config.augment, name)
         if flags.augment and not flags.eval and not (Path(folder or "") / "index" / "index.json").is_file():

@@ -26,7 +26,7 @@ def truth(word: str) -> bool:
     return value[word.lower()]
 
 
-# flag: (type, default of mid 2020, default of the newer version); None for a default: the version lacks the flag, or it has none.
+# flag: (type, default of mid 2020, default of the newer version)
 FLAGS: dict[str, tuple[Any, Any, Any]] = {
     "max_frames": (int, 200, 200),
     "eval_frames": (int, 300, 300),
@@ -54,6 +54,7 @@ FLAGS: dict[str, tuple[Any, Any, Any]] = {
     "nOut": (int, 512, 512),
     "nSpeakers": (int, 5994, 5994),
 }
+# flags of the newer version: (type, default)
 NEWER: dict[str, tuple[Any, Any]] = {
     "augment": (truth, False),
     "musan_path": (str, "data/musan_split"),
@@ -98,13 +99,20 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         flag = OTHER_NAMES.get(name, name)
         if flag not in KNOWN:
             notes.append(f"note: {path}: {name} is no option of voxceleb_trainer and is ignored, as there")
-            continue
-        kind = {**FLAGS, **NEWER}.get(flag, (truth if flag in SWITCHES else str,))[0]
-        value = kind(str(value))
-        if given.get(flag, value) != value:
-            notes.append(f"note: {flag} {value} of {path} beats {given[flag]} of the command line, as there")
-        given[flag] = value
+        elif value is not None:
+            value = _typed(flag, value, path)
+            if given.get(flag, value) != value:
+                notes.append(f"note: {flag} {value} of {path} beats {given[flag]} of the command line, as there")
+            given[flag] = value
     return given, notes
+
+
+def _typed(flag: str, value: Any, path: str) -> Any:
+    kind = {**FLAGS, **NEWER}.get(flag, (truth if flag in SWITCHES else str,))[0]
+    try:
+        return kind(str(value))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ConfigError(f"{path}: {flag}: {value!r}: expected {kind.__name__} ({error})") from error
 
 
 def _nearest(message: str) -> str:
@@ -114,6 +122,7 @@ def _nearest(message: str) -> str:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
+    """The options of a YAML file; none where it holds something else. ConfigError where there is no such file."""
     if not Path(path).is_file():
         raise ConfigError(f"--config {path}: no such file")
     values = yaml.safe_load(Path(path).read_text()) or {}
@@ -121,6 +130,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def value_of(argv: list[str], name: str) -> str | None:
+    """The word behind `--name`, or behind `--name=`; None where there is none."""
     for word, following in zip(argv, [*argv[1:], None]):
         if word == f"--{name}":
             return following
@@ -130,6 +140,7 @@ def value_of(argv: list[str], name: str) -> str | None:
 
 
 def defaults(version: str) -> dict[str, Any]:
+    """Every flag's default in a version, seed or newer."""
     seed = version == "seed"
     found = {name: default[1 if seed else 2] for name, default in FLAGS.items()}
     found |= {name: default for name, (_, default) in NEWER.items()} | dict.fromkeys(SWITCHES, False)

@@ -108,6 +108,15 @@ def test_a_yaml_file_beats_the_command_line_and_its_unknown_keys_are_said(tmp_pa
     assert "margin 0.3 of" in notes and "beats 0.1 of the command line" in notes
 
 
+def test_a_wrong_value_in_a_yaml_file_is_named_with_its_file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("model: ResNetSE34L\ntrainfunc: softmax\ninitial_model:\nbatch_size: many\n")
+    with pytest.raises(ConfigError, match="a.yaml: batch_size: 'many': expected int"):
+        legacy.translate(["--config", str(path)])
+    path.write_text("model: ResNetSE34L\ntrainfunc: softmax\ninitial_model:\n")
+    assert legacy.translate(["--config", str(path)]).config.train.initial_model is None
+
+
 def test_which_command_lines_are_voxceleb_trainers(tmp_path):
     theirs, ours = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
     theirs.write_text("model: ResNetSE34L\nbatch_size: 200\n")
@@ -150,6 +159,11 @@ def test_what_cannot_be_done_is_an_error_that_says_why(line, message):
     with pytest.raises(ConfigError) as error:
         legacy.translate(words(line))
     assert message in str(error.value)
+
+
+def test_eval_without_a_list_is_an_error():
+    with pytest.raises(ConfigError, match="--eval wants --test_list FILE"):
+        legacy.translate("--eval --model ResNetSE34L --initial_model a.model".split())
 
 
 def test_the_version_is_chosen_by_flag_option_or_the_window_of_the_checkpoint(tmp_path):
