@@ -163,7 +163,7 @@ def test_what_cannot_be_done_is_an_error_that_says_why(line, message):
 
 def test_eval_without_a_list_is_an_error():
     with pytest.raises(ConfigError, match="--eval wants --test_list FILE"):
-        legacy.translate("--eval --model ResNetSE34L --initial_model a.model".split())
+        legacy.translate(["--eval", "--model", "ResNetSE34L", "--initial_model", "a.model"])
 
 
 def test_the_version_is_chosen_by_flag_option_or_the_window_of_the_checkpoint(tmp_path):
