@@ -189,7 +189,6 @@ class Watchdog(threading.Thread):
     def __init__(self, me: Ranks, limit_seconds: float, report: Callable[[str], None]):
         super().__init__(daemon=True, name="watchdog")
         self.me, self.limit, self.report = me, limit_seconds, report
-        # The rendezvous' store serves one request at a time and blocks: a connection of its own for this thread.
         self.store = dist.distributed_c10d._get_default_store() if me.world_size > 1 else None
         self.since: float | None = None  # None: not watching
         self.stopped = threading.Event()

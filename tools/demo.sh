@@ -20,7 +20,7 @@ run=$out/run
 export OMP_NUM_THREADS=1
 torchrun --standalone --nproc_per_node 2 -m spknet.train --config fast_resnet34_angleproto \
   --data.train_shards "$out/shards" --data.speakers_per_batch "$speakers" --data.workers 0 --train.max_steps "$steps" \
-  --train.precision bf16 --train.channels_last true --optim.schedule cosine --eval.every_epochs 0 --run_dir "$run"
+  --train.precision bf16 --train.channels_last true --optim.schedule cosine --eval.every_epochs 0 --eval.score cosine --eval.crops 1 --eval.crop_seconds 0 --run_dir "$run"
 torchrun --standalone --nproc_per_node 2 -m spknet.evaluate --checkpoint "$run" --trials "$corpus/test_list.txt" \
   --root "$corpus" --untrained --out "$run/evaluation"
 python -m tools.summary "$run"
