@@ -292,11 +292,12 @@ def test_password_follows_no_redirect_to_another_host(tmp_path):
         assert len(other.requests) == 2 and not any(given for _, _, given, _ in other.requests)
 
 
-def test_self_signed_certificate_is_refused(tmp_path):
+def test_certificates_are_verified_and_nothing_is_taken_from_https_to_http(tmp_path, monkeypatch):
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")
     certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
+    command += ["-addext", "subjectAltName=DNS:localhost"]
     subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
     files, md5s = made(a=1000)
     with Server(files) as server:
@@ -305,6 +306,12 @@ def test_self_signed_certificate_is_refused(tmp_path):
         server.http.socket = context.wrap_socket(server.http.socket, server_side=True)
         with pytest.raises(DownloadError, match="the certificate is not valid"):
             fetch_all(md5s, tmp_path, Access(f"https://localhost:{server.port}"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        server.script = [f"http://localhost:{server.port}/a"]
+        with pytest.raises(DownloadError, match="localhost redirects from https to http://localhost; refused"):
+            fetch_all(md5s, tmp_path, Access(f"https://localhost:{server.port}"))
+        fetch_all(md5s, tmp_path, Access(f"https://localhost:{server.port}"))
+        assert (tmp_path / "a").read_bytes() == files["a"]
 
 
 def test_addresses_carry_key_and_name_where_they_belong_and_are_shown_without():

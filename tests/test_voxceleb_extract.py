@@ -93,6 +93,27 @@ def test_part_that_grew_in_the_middle_of_joining_is_refused(tmp_path):
         join(parts, whole, hashlib.md5(data).hexdigest())
 
 
+def test_join_that_cannot_go_on_says_what_to_do(tmp_path):
+    parts, whole, data = in_parts(tmp_path, 900_000, 3)
+    journal(whole).write_text('{"other_partaa": 5}')
+    with pytest.raises(
+        ArchiveError, match=r"names the parts \['other_partaa'\], expected \['x_partaa', 'x_partab', 'x_partac'\]"
+    ):
+        join(parts, whole, hashlib.md5(data).hexdigest())
+    journal(whole).write_text('{"x_partaa": 300000, "x_partab": 300000, "x_partac": 300000}')
+    parts[0].unlink()
+    with pytest.raises(
+        ArchiveError, match="x.zip.partial is gone in the middle of joining: delete .* and download the parts again"
+    ):
+        join(parts, whole, hashlib.md5(data).hexdigest())
+
+
+def test_conversion_without_ffmpeg_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ArchiveError, match="ffmpeg is needed to read m4a and is not installed"):
+        convert([(tmp_path / "a.m4a", tmp_path / "a.wav")])
+
+
 def test_joining_needs_no_second_copy(tmp_path):
     parts, whole, data = in_parts(tmp_path, 32 << 20, 4)
     peaks, sync = [], os.fsync

@@ -97,7 +97,7 @@ class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
         if old.scheme == "https" and new.scheme != "https":
             raise DownloadError(f"{old.hostname} redirects from https to {new.scheme}://{new.hostname}; refused")
         redirected = super().redirect_request(request, file, code, message, headers, new_url)
-        if redirected and old.hostname == new.hostname and request.has_header("Authorization"):
+        if redirected and old.netloc == new.netloc and request.has_header("Authorization"):
             redirected.add_unredirected_header("Authorization", request.get_header("Authorization"))
         return redirected
 

@@ -61,7 +61,7 @@ def join(parts: list[Path], whole: Path, md5: str) -> None:
     sizes = json.loads(journal(whole).read_text())
     if list(sizes) != [part.name for part in parts]:
         raise ArchiveError(f"{journal(whole)} names the parts {list(sizes)}, expected {[part.name for part in parts]}")
-    if parts[0].exists():
+    if parts[0].exists() and not target.exists():
         os.replace(parts[0], target)
     if not target.exists():
         raise ArchiveError(
