@@ -3,8 +3,8 @@
     python -m launch.results runs/my_sweep [--format text|csv|markdown] [--picture eer.png] [--tensorboard]
 
 Runs that differ in `train.seed` only are one row. The figures are those of each run's last evaluation; with `--choose best`
-of the one with the lowest EER on the development list (eval.dev_trials), never of the test list. `--tensorboard` writes
-SWEEP/hparams, after which `tensorboard --logdir SWEEP` shows the sweep under HPARAMS.
+of the one with the lowest EER on the development list (eval.dev_trials), never of the test list. `--metrics eer LIST:eer`
+names a figure, or one of several trial lists'. `--tensorboard` writes SWEEP/hparams, after which `tensorboard --logdir SWEEP` shows the sweep under HPARAMS.
 """
 
 from __future__ import annotations
@@ -89,16 +89,24 @@ def collect(folder: Path, runs: dict[str, dict], choose: str) -> tuple[dict[str,
 
 
 def group(runs: dict[str, dict], figures: dict[str, dict], metrics: list[str]) -> list[Row]:
-    """One Row for each setting, in the sweep's order. Raises ValueError for a metric that an evaluation lacks."""
+    """One Row for each setting, in the sweep's order."""
     rows: dict[str, Row] = {}
     for name, found in figures.items():
         settings = {k: v for k, v in runs[name]["overrides"].items() if k != SEED}
         row = rows.setdefault(json.dumps(settings, sort_keys=True), Row(settings))
         row.seeds.append(runs[name]["overrides"].get(SEED, 0))
         for metric in metrics:
-            if metric in found:
-                row.values.setdefault(metric, []).append(float(found[metric]))
+            value = figure(found, metric)
+            if value is not None:
+                row.values.setdefault(metric, []).append(value)
     return list(rows.values())
+
+
+def figure(found: dict, metric: str) -> float | None:
+    """`eer`, or `LIST:eer` of one of the trial lists of an evaluation; None where it has none."""
+    *one, name = metric.split(":")
+    value = (found.get("lists", {}).get(one[0], {}) if one else found).get(name)
+    return None if value is None else float(value)
 
 
 def table(rows: list[Row], metrics: list[str]) -> list[list[str]]:

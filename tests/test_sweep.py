@@ -259,6 +259,12 @@ def test_best_evaluation_is_chosen_on_development_trials(tmp_path, capsys):
     assert "proto,2,21.5,12" in capsys.readouterr().out  # 30 and 13
 
 
+def test_figure_of_one_of_several_trial_lists_is_found():
+    found = {"eer": 4.0, "lists": {"veri_test": {"eer": 4.0}, "hard": {"eer": 9.0}}}
+    assert results.figure(found, "eer") == 4.0 and results.figure(found, "hard:eer") == 9.0
+    assert results.figure(found, "easy:eer") is None
+
+
 def test_picture_of_the_results_is_a_png(tmp_path):
     picture = tmp_path / "eer.png"
     assert results.main([str(four_runs(tmp_path)), "--picture", str(picture)]) == 0
