@@ -110,7 +110,8 @@ def test_all_goes_from_the_parts_to_shards_that_equal_ffmpegs_decoding(host, tmp
     assert lines[0] == "id00012 vox2_dev_aac.zip::dev/aac/id00012/session0000/00001.m4a" and len(lines) == 12
     for name in zips:
         (save / name).unlink()
-    assert voxceleb.main(command(host, save, "all")) == 0, "what is packed is not downloaded again"
+    words = command(host, save, "all")
+    assert voxceleb.main(words[: words.index("--base-url")]) == 0, "what is packed is not downloaded again"
     assert not any((save / name).exists() for name in zips)
 
 

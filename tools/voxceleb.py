@@ -56,10 +56,10 @@ def _restart_without_secrets() -> None:
         os.execve(sys.executable, argv, environ)
 
 
-def _access(options: argparse.Namespace, environ: MutableMapping[str, str]) -> Access:
-    """Who asks where. Secrets leave the environment here, so that no child process sees them."""
-    given = {name: environ.pop(variable, "") for name, variable in SECRETS.items()}
-    base_url = options.base_url or environ.get("VOXCELEB_URL", "")
+def _access(options: argparse.Namespace) -> Access:
+    """Who asks where; asks at the terminal for what is missing."""
+    given = options.secrets
+    base_url = options.base_url or os.environ.get("VOXCELEB_URL", "")
     if not base_url:
         raise DownloadError(
             "no address: give --base-url or set VOXCELEB_URL. It comes with the permission to use the data (see docs/voxceleb.md)"
@@ -87,9 +87,8 @@ def download(archives: dict[str, Archive], options: argparse.Namespace) -> None:
         joining = journal(whole).exists()
         if not (joining or extracted(archive, options.save_path).exists() or is_verified(whole, archive.md5)):
             wanted.update(archive.files())
-    access = _access(options, os.environ)
     if wanted:
-        fetch_all(wanted, options.save_path, access, parallel=options.connections)
+        fetch_all(wanted, options.save_path, _access(options), parallel=options.connections)
 
 
 def join_parts(archive: Archive, root: Path) -> Path:
@@ -292,6 +291,8 @@ def _run(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     argv = hide_secrets(sys.argv[1:] if argv is None else argv, os.environ)
     options = parser().parse_args(argv)
+    # Out of the environment, so that no child process sees them.
+    options.secrets = {name: os.environ.pop(variable, "") for name, variable in SECRETS.items()}
     options.shards = options.shards or options.save_path / "shards"
     flags = (options.download, options.concatenate, options.extract, options.convert, options.augment)
     if (options.step is None) != any(flags):
