@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,11 +55,15 @@ class Task:
     signal_delay: int = 180  # seconds between the signal and the kill
     max_restarts: int = 1  # of torchrun: a rank that dies takes the group back to the last checkpoint
 
+    # Of a start, not of the task: a signal may come before there is a torchrun.
+    _torchrun = None
+    _before = None
+    _signalled = False
+
     def __call__(self) -> dict:
         """Train until the run is done, on every node; returns state.json's content. Raises RunFailed."""
         place = Place.here()
         self._before = read_state(self.run_dir)  # every write has a time of its own
-        self._signalled = False
         if place.node == 0:
             self._note_start(place.job)
         _adopt_orphans()
@@ -82,11 +87,11 @@ class Task:
     def checkpoint(self) -> DelayedSubmission | None:
         """Called by submitit in its signal handler on node 0: what to requeue, or None for a run that has ended."""
         self._pass_on(signal.SIGUSR2, None)
-        deadline = time.monotonic() + grace_seconds(self.signal_delay)
-        while time.monotonic() < deadline and self._state()["state"] == "running" and _descendants(os.getpid()):
-            time.sleep(0.2)
+        grace, me = grace_seconds(self.signal_delay), os.getpid()
+        _wait(grace, lambda: self._state()["state"] != "running" or not _descendants(me))
+        _wait(min(grace, 5), lambda: not _descendants(me))  # saved: let it close its files
         state = self._state()["state"]
-        _kill(_descendants(os.getpid()))
+        _kill(_descendants(me))
         return None if state in ("failed", "done") else DelayedSubmission(dataclasses.replace(self))
 
     def command(self, place: Place) -> list[str]:
@@ -145,7 +150,7 @@ class Task:
 
     def _pass_on(self, signum: int, frame) -> None:
         self._signalled = True
-        if not _has_ended(self._torchrun.pid):
+        if self._torchrun is not None and not _has_ended(self._torchrun.pid):
             os.kill(self._torchrun.pid, signum)
 
 
@@ -189,6 +194,12 @@ def rendezvous_port(job: str) -> int:
 def grace_seconds(signal_delay: int) -> int:
     """Seconds that a run has for saving: the rest of the delay is for submitit's pickle and for SLURM."""
     return max(signal_delay - MARGIN_SECONDS, signal_delay // 2)
+
+
+def _wait(seconds: float, reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached() and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def _has_ended(pid: int) -> bool:

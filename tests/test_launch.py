@@ -184,6 +184,12 @@ def test_what_an_earlier_start_left_in_state_json_does_not_count(tmp_path):
     assert task._state()["state"] == "done"
 
 
+def test_signal_before_torchrun_has_started_requeues_the_task_as_it_was(tmp_path):
+    task = Task(["--config", "a"], str(tmp_path), nodes=2, ranks_per_node=3, signal_delay=40)
+    delayed = task.checkpoint()
+    assert delayed.function == task and delayed.function is not task
+
+
 def test_descendants_are_found_across_sessions():
     code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60'], start_new_session=True); print(p.pid, flush=True); p.wait()"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
