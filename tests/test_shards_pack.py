@@ -227,6 +227,21 @@ def test_skip_bad_lists_what_was_left_out_and_why(tmp_path):
     assert len(utterances) == len(audio) and "id1" not in list(utterances.speakers)
 
 
+def test_a_damaged_file_may_be_replaced_before_the_pack_goes_on(tmp_path):
+    audio = make_corpus(tmp_path / "wav")
+    entries = entries_of(tmp_path / "wav", audio)
+    path, key = Path(entries[7][2]), entries[7][1]
+    os.truncate(path, 1000)
+    with pytest.raises(ShardError, match="cut: its header promises"):
+        pack(entries, tmp_path / "out", shard_bytes=60000, progress=False)
+    kept = {tar: tar.stat().st_mtime_ns for tar in (tmp_path / "out").glob("*.tar")}
+    write_wav(path, audio[key])
+    pack(entries, tmp_path / "out", shard_bytes=60000, progress=False)
+    assert {tar: tar.stat().st_mtime_ns for tar in kept} == kept
+    utterances = open_shards(tmp_path / "out")
+    assert np.array_equal(utterances.read_utterance(int(utterances.find([key])[0])), audio[key])
+
+
 def test_a_file_that_goes_away_after_the_list_was_read_is_named(tmp_path):
     audio = make_corpus(tmp_path / "wav")
     entries = entries_of(tmp_path / "wav", audio)
