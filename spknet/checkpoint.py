@@ -168,7 +168,7 @@ def load_network(path: str | Path, device: str | torch.device = "cpu", model: Mo
     """(network in eval mode, Config, meta) of a run folder (its best checkpoint, else its newest), a checkpoint file of
     spknet, or one of voxceleb_trainer.
 
-    model: the network's options, needed only for voxceleb_trainer's files, which do not hold them. meta: path, step,
+    model: the network's options, for voxceleb_trainer's files, which do not hold them; None: guessed from the weights. meta: path, step,
     epoch, speakers, labels, data_fingerprint, as far as the file has them. Raises CheckpointError.
     """
     from spknet.models import build_model
@@ -185,7 +185,7 @@ def load_network(path: str | Path, device: str | torch.device = "cpu", model: Mo
     else:
         from spknet import legacy
 
-        config = Config(model=model or ModelConfig())
+        config = Config(model=model or legacy.guess_model(state))
         network = build_model(config.model)
         legacy.load_into(network, None, state, allow_partial=False)
     if config.train.precision == "float64":

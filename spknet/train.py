@@ -61,12 +61,10 @@ class Trainer:
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         self.samples = round(config.data.crop_seconds * self.corpus.utterances.sample_rate)
-        n_classes = config.loss.n_classes or self.corpus.n_classes
-        if n_classes < self.corpus.n_classes:
-            raise ConfigError(f"loss.n_classes={n_classes}, but the training data have {self.corpus.n_classes} labels")
-
         model = build_model(config.model, self.corpus.utterances.sample_rate)
-        loss = build_loss(config.loss, config.model.embedding_size, n_classes, config.data.utterances_per_speaker)
+        loss = build_loss(
+            config.loss, config.model.embedding_size, self.corpus.n_classes, config.data.utterances_per_speaker
+        )
         rng.initialize(model, config.train.seed)
         rng.initialize(loss, config.train.seed)
         if config.train.sync_batchnorm and me.world_size > 1:
@@ -158,9 +156,11 @@ class Trainer:
         """Evaluates the network as it is, on all ranks; a better development EER makes this step the best checkpoint."""
         self.watchdog.pause()
         folder = self.run_dir / "eval" / f"step-{self.step:08d}"
-        result = evaluate.evaluate_network(
-            self.task.model, self.config, out_dir=folder, step=self.step, device=self.me.device
-        )
+        # Whole utterances differ in length, and each length would be compiled anew.
+        with torch.compiler.set_stance("force_eager"):
+            result = evaluate.evaluate_network(
+                self.task.model, self.config, out_dir=folder, step=self.step, device=self.me.device
+            )
         result = distributed.broadcast(result, self.me)
         if result.get("dev_eer") is not None and (self.best is None or result["dev_eer"] < self.best["dev_eer"]):
             self.best = {"step": self.step, "dev_eer": result["dev_eer"]}
