@@ -260,6 +260,20 @@ def test_full_disk_shows_before_extraction_and_before_packing(host, tmp_path, ca
     assert (save / "vox2_dev_aac.zip").exists() and not (save / "voxceleb2").exists()
 
 
+def test_one_bad_file_in_the_zip_is_named_and_can_be_left_out(host, tmp_path, capsys):
+    files = {str(path.relative_to(host[1])): path.read_bytes() for path in sorted(host[1].rglob("*.m4a"))}
+    bad = list(files)[5]
+    files[bad] = files[bad][:1000]
+    lines = bench_voxceleb.make_parts(tmp_path, "vox2_dev", files, parts=2)
+    (tmp_path / "sums.txt").write_text("\n".join(lines) + "\n")
+    words = ["pack", "--save_path", str(tmp_path), "--checksums", str(tmp_path / "sums.txt"), "--workers", "1"]
+    assert voxceleb.main(words) == 1
+    assert f"vox2_dev_aac.zip::dev/aac/{bad}: ffmpeg cannot read it" in capsys.readouterr().err
+    assert voxceleb.main([*words, "--skip-bad", str(tmp_path / "bad")]) == 0
+    assert len(open_shards(tmp_path / "shards" / "vox2_dev")) == 11
+    assert bad.removesuffix(".m4a") in (tmp_path / "bad.vox2_dev").read_text()
+
+
 def test_hostile_archive_is_not_packed_either(tmp_path, capsys):
     made = tmp_path / "vox1_test_wav.zip"
     with zipfile.ZipFile(made, "w") as file:
