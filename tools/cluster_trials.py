@@ -142,7 +142,9 @@ def run_trial(
     run, begun = Path(run_words[-1].removeprefix("--run_dir=")), time.monotonic()
     job = submit_run(run_words, *cluster)
     if interrupt is not None:
-        wait_for(f"{run} to train", 180, lambda: last_step(run) >= SAVE_EVERY // 2)
+        # A signal loses nothing even before the first checkpoint; a dead node loses what follows the newest one.
+        first = 2 * SAVE_EVERY if kind == "node failure" else SAVE_EVERY // 2
+        wait_for(f"{run} to train", 180, lambda: last_step(run) >= first)
         interrupt(job)
     ended = ("done", "failed")
     wait_for(f"the end of job {job}", 600, lambda: (read_state(run) or {}).get("state") in ended and not in_queue(job))
