@@ -19,7 +19,7 @@ import torch
 from spknet.trials import TrialError, Trials
 
 BLOCK = 4096  # trials of one block of cosines
-PAIRS = 64  # trials of one block of crop distances
+PAIRS = 2048  # trials of one block of crop distances
 COHORT_BLOCK = 512  # utterances that meet the cohort at a time
 
 
@@ -29,7 +29,7 @@ class ScoringError(ValueError):
 
 def unit(rows: np.ndarray) -> np.ndarray:
     """Length-normalised along the last axis; rows of zeros stay zero. (..., D) -> (..., D)."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12).astype(rows.dtype)
+    return torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(rows)), dim=-1).numpy()
 
 
 def vectors(embeddings: np.ndarray) -> np.ndarray:
@@ -57,32 +57,41 @@ def cosine(left_rows: np.ndarray, right_rows: np.ndarray, left: np.ndarray, righ
     return out.numpy()
 
 
-def mean_distance(left_crops, right_crops, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def mean_distance(left_crops, right_crops: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Minus the mean distance between all pairs of crops. left_crops: (A, crops, D), or a list of (any crops, D) for models
-    of different numbers of utterances; right_crops: (B, crops, D); left, right: (n,) -> (n,).
+    of several utterances; right_crops: (B, crops, D); left, right: (n,) -> (n,).
 
-    ||a - b||^2 = |a|^2 + |b|^2 - 2 a.b, so a trial is one small matrix product. Trials are taken in the order of their left
-    sides, which then stay in the processor's cache.
+    ||a - b||^2 = |a|^2 + |b|^2 - 2 a.b, so the trials of one left side are one matrix product.
     """
+    scores = np.empty(len(left), right_crops.dtype)
     if isinstance(left_crops, list):
-        out = np.empty(len(left), right_crops.dtype)
         for i, own in enumerate(left_crops):
             trials = np.flatnonzero(left == i)
             zeros, each = np.zeros(len(trials), np.int64), np.arange(len(trials))
-            out[trials] = mean_distance(own[None], right_crops[right[trials]], zeros, each)
-        return out
-    a, b = torch.from_numpy(left_crops), torch.from_numpy(right_crops)
+            scores[trials] = mean_distance(own[None], right_crops[right[trials]], zeros, each)
+        return scores
     order = np.argsort(left, kind="stable")
-    i, j = (torch.from_numpy(index[order].astype(np.int64)) for index in (left, right))
-    norms_a, norms_b = (a * a).sum(-1).unsqueeze(2), (b * b).sum(-1).unsqueeze(1)  # (A, crops, 1), (B, 1, crops)
-    out = torch.empty(len(i), dtype=a.dtype)
-    for start in range(0, len(i), PAIRS):
-        p, q = i[start : start + PAIRS], j[start : start + PAIRS]
-        squared = torch.baddbmm(norms_a[p] + norms_b[q], a[p], b[q].transpose(1, 2), alpha=-2)  # (block, crops, crops)
-        torch.mean(squared.clamp_(min=0).sqrt_().flatten(1), dim=1, out=out[start : start + PAIRS])
-    scores = np.empty(len(order), left_crops.dtype)
-    scores[order] = -out.numpy()
+    norms_a = np.einsum("acd,acd->ac", left_crops, left_crops)
+    norms_b = norms_a if left_crops is right_crops else np.einsum("bcd,bcd->bc", right_crops, right_crops)
+    for start in range(0, len(left), PAIRS):
+        trials = order[start : start + PAIRS]
+        squared = _products(left_crops, right_crops, left[trials], right[trials])
+        squared *= -2
+        squared += norms_a[left[trials], None, :]
+        squared += norms_b[right[trials], :, None]
+        np.maximum(squared, 0, out=squared)
+        scores[trials] = -np.sqrt(squared, out=squared).reshape(len(trials), -1).mean(axis=1)
     return scores
+
+
+def _products(left_crops, right_crops, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Inner products of all pairs of crops, (n, right crops, left crops), for trials in the order of their left sides."""
+    out = np.empty((len(left), right_crops.shape[1], left_crops.shape[1]), right_crops.dtype)
+    cuts = np.flatnonzero(np.diff(left, prepend=-1, append=-1))
+    for start, stop in zip(cuts[:-1], cuts[1:]):
+        others = right_crops[right[start:stop]].reshape(-1, right_crops.shape[2])
+        np.matmul(others, left_crops[left[start]].T, out=out[start:stop].reshape(-1, out.shape[2]))
+    return out
 
 
 def check_top(top: int, cohort: int) -> None:

@@ -67,7 +67,7 @@ def test_crop_score_of_voxceleb_trainer_is_reproduced():
     for dtype in (np.float32, np.float64):
         a, b = (scoring.unit(np.array(values[side], dtype=dtype))[None] for side in "ab")
         zero = np.zeros(1, np.int64)
-        assert scoring.mean_distance(a, b, zero, zero)[0] == pytest.approx(values["score"], rel=1e-7)
+        assert scoring.mean_distance(a, b, zero, zero)[0] == pytest.approx(values["score"], rel=2e-7)
 
 
 def test_proto_is_scored_without_length_normalisation(tmp_path):
