@@ -176,7 +176,7 @@ HOSTILE = {
     "absolute": (lambda p: make_zip(p, [("/evil.wav", b"1")]), "leaves its folder"),
     "drive": (lambda p: make_zip(p, [("C:evil.wav", b"1")]), "leaves its folder"),
     "backslash": (lambda p: make_zip(p, [("..\\evil.wav", b"1")]), "leaves its folder"),
-    "symlink": (lambda p: make_zip(p, [(link("wav"), "/tmp"), ("wav/evil.wav", b"1")]), "is a link or a device"),
+    "symlink": (lambda p: make_zip(p, [(link("wav"), "/etc"), ("wav/evil.wav", b"1")]), "is a link or a device"),
     "duplicate": (lambda p: make_zip(p, [("a.wav", b"1"), ("a.wav", b"2")]), "stands there twice"),
     "duplicate but for case": (lambda p: make_zip(p, [("a.wav", b"1"), ("A.wav", b"2")]), "stands there twice"),
     "control characters": (lambda p: make_zip(p, [("a\n.wav", b"1")]), "does not print"),
