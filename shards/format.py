@@ -44,6 +44,10 @@ ROW = np.dtype(
         ("row_check", "<u2"),  # CRC-16 of the 30 bytes before
     ]
 )
+# What index.json says of each tar, for a program that opens a data set of 25,000 tars in milliseconds.
+TAR = np.dtype(
+    [("filesize", "<u8"), ("nsamples", "<u4"), ("head_crc32", "<u4"), ("generation", "<u4"), ("sha256", "V32")]
+)
 CHECKED = ROW.itemsize - 2
 MAX_NPY_HEADER = 4096
 REMAKE = "make the index again with `python -m shards.pack --out OUT --merge`"

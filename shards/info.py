@@ -23,13 +23,13 @@ def describe(opened: index.Index) -> str:
     meta, rate = opened.meta, opened.sample_rate
     seconds = opened.rows["samples"] / rate
     counts = np.diff(opened.speaker_rows.astype(np.int64))
-    stored = int(opened.filesizes.sum())
+    stored = int(opened.tars["filesize"].sum())
     lines = [
         ("speakers", f"{meta['speakers']:,}"),
         ("utterances", f"{meta['utterances']:,}"),
         ("hours", f"{meta['samples'] / rate / 3600:,.2f}"),
         ("rate, codec", f"{rate} Hz, {meta['codec']}"),
-        ("tars", f"{len(opened.urls):,}, {stored / 2**30:,.2f} GiB"),
+        ("tars", f"{len(opened.tars):,}, {stored / 2**30:,.2f} GiB"),
         ("left out as bad", f"{meta['skipped']:,}"),
         ("fingerprint", meta["fingerprint"][:16]),
     ]

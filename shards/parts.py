@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import format, index, plan
-from shards.format import ROW, ShardError
+from shards.format import ROW, TAR, ShardError
 
 
 @dataclass
@@ -121,7 +121,7 @@ def merge(out: str | Path, skip_bad: str | Path | None = None) -> None:
     out = Path(out)
     if not _records(out):
         raise ShardError(f"{out}/parts holds no plan; pack something first")
-    rows, keys, shards, skipped, sums = [], [], [], [], []
+    rows, keys, tars, skipped, sums = [], [], [], [], []
     settings = plan.Settings()
     for generation, record in enumerate(_records(out)):
         made = plan.read_record(record)
@@ -135,7 +135,7 @@ def merge(out: str | Path, skip_bad: str | Path | None = None) -> None:
             keys.append(part.keys)
             skipped += part.skipped
             sums.append((format.sha256_file(part_path(out, shard)), f"parts/{shard:06d}.npz"))
-            shards.append(_entry(shard, part, generation))
+            tars.append((part.filesize, len(part.rows), part.head_crc32, generation, bytes.fromhex(part.sha256)))
     rows, keys = np.concatenate(rows), np.concatenate(keys)
     if not len(rows):
         raise ShardError(f"{out}: every utterance was left out as bad, the first: {skipped[0][2]}")
@@ -149,18 +149,7 @@ def merge(out: str | Path, skip_bad: str | Path | None = None) -> None:
     if skip_bad is not None:
         with format.atomic_write(skip_bad) as file:
             file.write("".join("\t".join(line) + "\n" for line in sorted(skipped)).encode("utf-8", "surrogateescape"))
-    index.write_index(out, rows, keys, shards, settings, len(skipped), tuple(sums))
-
-
-def _entry(shard: int, part: Part, generation: int) -> dict:
-    return {
-        "url": index.tar_name(shard),
-        "nsamples": len(part.rows),
-        "filesize": part.filesize,
-        "sha256": part.sha256,
-        "head_crc32": part.head_crc32,
-        "generation": generation,
-    }
+    index.write_index(out, rows, keys, np.array(tars, TAR), settings, len(skipped), tuple(sums))
 
 
 def _check_complete(out: Path, made: plan.Record) -> None:

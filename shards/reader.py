@@ -82,7 +82,7 @@ class Utterances:
         self.fingerprint: str = joined.fingerprint
         self._first_row = joined.first_row  # (sets + 1,)
         self._order = joined.order  # None, or (N,) the row of the sets laid end to end
-        self._first_shard = np.cumsum([0] + [len(i.urls) for i in self._indexes])
+        self._first_shard = np.cumsum([0] + [len(i.tars) for i in self._indexes])
         self._tars = Tars(self._indexes, Cache(cache_dir, cache_gib) if cache_dir is not None else None)
 
     def __getstate__(self):
@@ -266,9 +266,9 @@ _LITTLE_ENDIAN = np.dtype("<i2") == np.dtype(np.int16)
 def _checked(opened: index.Index, rows: np.ndarray) -> np.ndarray:
     table = np.take(opened.rows, rows)
     wrong = format.row_checks(table) != table["row_check"]
-    wrong |= (table["shard"] >= len(opened.urls)) | (table["samples"] == 0)
+    wrong |= (table["shard"] >= len(opened.tars)) | (table["samples"] == 0)
     if not wrong.any():
-        wrong = table["offset"] + table["nbytes"] > opened.filesizes[table["shard"]]
+        wrong = table["offset"] + table["nbytes"] > opened.tars["filesize"][table["shard"]]
         if opened.codec == "wav":
             wrong |= table["nbytes"] != 2 * table["samples"]
     if wrong.any():

@@ -26,7 +26,7 @@ def stage(out: str | Path, cache_dir: str | Path, limit_gib: float = 0.0, progre
     out = Path(out)
     opened = index.open_index(out, cache_dir)
     cache = Cache(cache_dir, limit_gib)
-    entries = opened.meta["shardlist"]
+    entries = [opened.entry(shard) for shard in range(len(opened.tars))]
     there = 0
     total = sum(entry["filesize"] for entry in entries)
     with tqdm(total=total, desc="stage", unit="B", unit_scale=True, disable=not progress) as bar:

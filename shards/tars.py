@@ -12,6 +12,8 @@ import zlib
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
+
 from shards import index
 from shards.cache import Cache
 from shards.format import BLOCK, ShardError
@@ -24,7 +26,8 @@ class Tars:
     """The open tars of a process: at most MAX_OPEN, the least recently used closed first."""
 
     def __init__(self, indexes: list[index.Index], cache: Cache | None):
-        self._entries = [(i.folder / entry["url"], entry) for i in indexes for entry in i.meta["shardlist"]]
+        self._indexes = indexes
+        self._first_shard = np.cumsum([0] + [len(i.tars) for i in indexes])
         self._cache = cache
         self._fds: OrderedDict[int, int] = OrderedDict()
         self._at_source: set[int] = set()
@@ -32,7 +35,12 @@ class Tars:
         self._pid, self._lock = os.getpid(), threading.Lock()
 
     def path(self, shard: int) -> Path:
-        return self._entries[shard][0]
+        return self._source(shard)[0]
+
+    def _source(self, shard: int) -> tuple[Path, dict]:
+        where = int(np.searchsorted(self._first_shard, shard, "right")) - 1
+        entry = self._indexes[where].entry(shard - int(self._first_shard[where]))
+        return self._indexes[where].folder / entry["url"], entry
 
     def lock(self) -> Opened:
         """An `Opened`, of this process."""
@@ -59,7 +67,7 @@ class Tars:
             return fd
         while len(self._fds) >= MAX_OPEN:
             os.close(self._fds.popitem(last=False)[1])
-        path, entry = self._entries[shard]
+        path, entry = self._source(shard)
         if self._cache is not None:
             chosen = self._cache.tar(path, entry)
             (self._at_source.add if chosen == path else self._at_source.discard)(shard)
@@ -73,7 +81,7 @@ class Tars:
             return
         self._looked = time.monotonic()
         for shard in list(self._at_source):
-            path, entry = self._entries[shard]
+            path, entry = self._source(shard)
             if self._cache.tar(path, entry) != path:
                 self._at_source.discard(shard)
                 if shard in self._fds:

@@ -62,6 +62,8 @@ def verify(out: str | Path, workers: int = 1, progress: bool = False) -> Report:
     try:
         opened = index.open_index(out)
         damages += _check_index(opened)
+        if [opened.entry(shard) for shard in range(len(opened.tars))] != meta["shardlist"]:
+            damages.append(Damage("index/tars.npy", f"it differs from index.json's shardlist; {format.REMAKE}"))
     except ShardError as error:
         damages.append(Damage("index", str(error)))
     small = [f"index/{name}" for name in index.FILES] + sorted(path for path in sums if path.startswith("parts/"))

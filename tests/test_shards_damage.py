@@ -50,7 +50,7 @@ def first_payload(out: Path) -> tuple[Path, int]:
     opened = index.open_index(out)
     shard = int(opened.rows["shard"][0])
     offsets = np.sort(opened.rows["offset"][opened.rows["shard"] == shard])
-    return out / opened.urls[shard], int(offsets[1])
+    return out / index.tar_name(shard), int(offsets[1])
 
 
 def missing_tar(out):
@@ -148,7 +148,11 @@ def edited(**values):
         (edited(key_bytes=90), r"keys.npy: found \|S\d+ of \(30,\), expected \|S90 of 30"),
         (edited(version=2), "version 2, this program reads version 1"),
         (edited(codec="mp3"), "codec 'mp3', expected wav or flac"),
-        (edited(shardlist=[{"url": "../../etc/passwd"}]), "entry 0 of shardlist must have url train-000000.tar"),
+        (edited(shardlist=[]), r"shardlist is not a list of \d"),
+        (
+            edited(shardlist=[{"url": "../../etc/passwd"}], tars=1),
+            "entry 0 of shardlist must have url train-000000.tar",
+        ),
         (edited(files={}), "files must give filesize and sha256 of utterances.npy"),
         (edited(fingerprint="x"), "must be 64 hexadecimal digits"),
         (edited(format="wids"), "expected an object with format 'spknet-shards'"),
@@ -162,6 +166,15 @@ def test_damage_has_an_error_that_says_what_and_what_to_do(tmp_path, damage, mes
     damage(out)
     with pytest.raises(ShardError, match=message):
         read_everything(out)
+    assert verify(out).damages
+
+
+def test_an_index_json_without_its_shardlist_is_refused_where_it_is_needed(tmp_path):
+    out, _ = packed(tmp_path)
+    edit_json(out, lambda meta: meta.pop("shardlist"))
+    assert len(open_shards(out)) == 30
+    with pytest.raises(ShardError, match="index.json: it has no shardlist; make the index again"):
+        index.read_meta(out)
     assert verify(out).damages
 
 
@@ -187,10 +200,8 @@ def test_a_tar_that_is_cut_after_it_was_opened_is_an_error(tmp_path):
 def test_a_damaged_flac_crop_is_an_error(tmp_path):
     out, _ = packed(tmp_path, codec="flac")
     utterances = open_shards(out)
-    flip(
-        out / utterances._indexes[0].urls[int(utterances._indexes[0].rows["shard"][4])],
-        8 * (int(utterances._indexes[0].rows["offset"][4]) + 300),
-    )
+    row = index.open_index(out).rows[4]
+    flip(out / index.tar_name(int(row["shard"])), 8 * (int(row["offset"]) + 300))
     with pytest.raises(ShardError, match="utterance id.*: crc32 .* the audio is damaged"):
         utterances.read_batch([4], [10], np.empty((1, 500), np.int16))
 
@@ -213,9 +224,9 @@ def test_verify_names_the_affected_utterances_and_speakers(tmp_path, capsys):
     opened = index.open_index(out)
     row = opened.rows[11]
     key = opened.keys[11].decode()
-    flip(out / opened.urls[row["shard"]], 8 * (int(row["offset"]) + 50))
-    (out / opened.urls[(int(row["shard"]) + 1) % len(opened.urls)]).unlink()
-    gone = opened.keys[opened.rows["shard"] == (int(row["shard"]) + 1) % len(opened.urls)]
+    flip(out / index.tar_name(int(row["shard"])), 8 * (int(row["offset"]) + 50))
+    (out / index.tar_name((int(row["shard"]) + 1) % len(opened.tars))).unlink()
+    gone = opened.keys[opened.rows["shard"] == (int(row["shard"]) + 1) % len(opened.tars)]
     assert main([str(out), "--list", str(tmp_path / "affected.txt")]) == 1
     printed = capsys.readouterr().out
     assert f"{key}: its audio is damaged (crc32)" in printed
@@ -229,10 +240,9 @@ def test_verify_finds_a_pack_whose_sums_are_right_and_whose_index_is_wrong(tmp_p
     opened = index.open_index(out)
     rows, keys = np.array(opened.rows), np.array(opened.keys)
     rows["crc32"][3] ^= 1
-    shards = opened.meta["shardlist"]
     settings = type("S", (), {"sample_rate": 16000, "codec": "wav"})()
     sums = [tuple(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines() if "parts/" in line]
-    index.write_index(out, rows, keys, shards, settings, 0, tuple(sums))
+    index.write_index(out, rows, keys, np.array(opened.tars), settings, 0, tuple(sums))
     report = verify(out)
     assert report.affected() == {keys[3].decode(): "its audio is damaged (crc32)"}
 

@@ -92,7 +92,7 @@ def bench_crops(folder: Path, entries: list, seconds: float) -> None:
     wav, flac = open_shards(folder / "wav"), open_shards(folder / "flac")
     path_of = {key: path for _, key, path in entries}
     opened = index.open_index(folder / "wav")
-    fds = [os.open(folder / "wav" / url, os.O_RDONLY) for url in opened.urls]
+    fds = [os.open(folder / "wav" / index.tar_name(i), os.O_RDONLY) for i in range(len(opened.tars))]
     batches = []
     for seed in range(BATCHES):
         rows, starts = draw(wav, BATCH, seed)
@@ -240,20 +240,11 @@ def synthetic_index(out: Path, n: int, utterances_per_speaker: int = 182) -> Non
     rows["offset"] = 1580 + numbers % per_tar * (24 * RATE + 2048)
     for a in range(0, n, 1 << 18):
         rows["key_check"][a : a + (1 << 18)] = [format.crc16(key) for key in keys[a : a + (1 << 18)].tolist()]
-    counts = np.bincount(rows["shard"]).tolist()
-    shards = [
-        {
-            "url": index.tar_name(i),
-            "nsamples": count,
-            "filesize": 2**31,
-            "sha256": "0" * 64,
-            "head_crc32": 0,
-            "generation": 0,
-        }
-        for i, count in enumerate(counts)
-    ]
+    counts = np.bincount(rows["shard"])
+    tars = np.zeros(len(counts), format.TAR)
+    tars["nsamples"], tars["filesize"] = counts, 2**31
     out.mkdir(parents=True, exist_ok=True)
-    index.write_index(out, rows, keys, shards, plan.Settings())
+    index.write_index(out, rows, keys, tars, plan.Settings())
 
 
 def private_bytes() -> int:
