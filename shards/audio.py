@@ -9,11 +9,13 @@ Usage: samples = read_audio("vox2.zip::dev/aac/id00012/21Uxsk56VDQ/00001.m4a", 1
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
 import struct
 import subprocess
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import soundfile
@@ -23,6 +25,7 @@ from shards.format import MAX_SAMPLES, ShardError
 
 EXACT_SUBTYPES = {"PCM_16", "PCM_S8", "PCM_U8", "VORBIS", "OPUS", "MPEG_LAYER_III", "MPEG_LAYER_II", "MPEG_LAYER_I"}
 BY_FFMPEG = (".m4a", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".wma")
+AHEAD = 16  # files for one ffmpeg
 UNKNOWN_SIZE = (0, 0xFFFFFFFF)  # length of a data chunk that was written to a pipe
 
 
@@ -38,7 +41,12 @@ def read_audio(source: str | os.PathLike, sample_rate: int, convert: bool = Fals
 def decode(data: bytes, name: str, sample_rate: int, convert: bool = False) -> bytes | memoryview:
     """The bytes of an audio file -> PCM bytes (little endian, mono, 16 bits). name is for the errors and its ending."""
     if name.lower().endswith(BY_FFMPEG):
-        data = ffmpeg_to_wav(data, name)
+        [data] = ffmpeg_to_wavs([data], [name])
+    return decode_wav(data, name, sample_rate, convert)
+
+
+def decode_wav(data: bytes, name: str, sample_rate: int, convert: bool = False) -> bytes | memoryview:
+    """decode() of what ffmpeg has made a WAV of, or of what needs no ffmpeg."""
     pcm = riff_pcm(data, name, sample_rate)
     if pcm is None:
         pcm = _decode_soundfile(data, name, sample_rate, convert)
@@ -120,26 +128,61 @@ def _converted(samples: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     return np.clip(np.rint(mono * 32768), -32768, 32767).astype("<i2")[:, None]
 
 
-def ffmpeg_to_wav(data: bytes, name: str) -> bytes:
-    """16-bit PCM WAV of anything ffmpeg reads, at its own rate and channels. Raises ShardError naming the file."""
+def decode_ahead(sources: list[str], read: Callable[[int], bytes], sample_rate: int, convert: bool = False) -> Iterator:
+    """PCM bytes of each source in turn, or the ShardError that it is. read(i): the bytes of sources[i].
+
+    Files for ffmpeg are read AHEAD at a time and decoded by one process: starting it costs ten times as much as decoding 8 s of AAC.
+    """
+    for first in range(0, len(sources), AHEAD):
+        chosen = range(first, min(first + AHEAD, len(sources)))
+        wavs: dict[int, bytes] = {}
+        many = [i for i in chosen if sources[i].lower().endswith(BY_FFMPEG)]
+        # One bad file spoils the batch: each is then decoded on its own, and says what is wrong with it.
+        with contextlib.suppress(ShardError):
+            wavs = dict(zip(many, ffmpeg_to_wavs([read(i) for i in many], [sources[i] for i in many]))) if many else {}
+        for i in chosen:
+            try:
+                if i in wavs:
+                    yield decode_wav(wavs.pop(i), sources[i], sample_rate, convert)
+                else:
+                    yield decode(read(i), sources[i], sample_rate, convert)
+            except ShardError as error:
+                yield error
+
+
+def ffmpeg_to_wavs(files: list[bytes], names: list[str]) -> list[bytes]:
+    """16-bit PCM WAV of anything ffmpeg reads, at its own rate and channels. Raises ShardError naming the first file."""
     program = shutil.which("ffmpeg")
     if program is None:
         raise ShardError(
-            f"{name}: only ffmpeg reads this kind of file, and it is not installed (Debian: package ffmpeg)"
+            f"{names[0]}: only ffmpeg reads this kind of file, and it is not installed (Debian: package ffmpeg)"
         )
-    # m4a keeps its directory at the end, so ffmpeg must be able to seek: a file in memory, not a pipe.
-    fd = os.memfd_create("audio", 0)
+    # m4a keeps its directory at the end, so ffmpeg must be able to seek: files in memory, not pipes.
+    inputs, outputs = [], []
+    command = [program, "-nostdin", "-v", "error", "-xerror", "-y"]
     try:
-        os.write(fd, data)
-        command = [program, "-nostdin", "-v", "error", "-xerror", "-threads", "1", "-i", f"/proc/self/fd/{fd}"]
-        command += ["-vn", "-map", "0:a:0", "-c:a", "pcm_s16le", "-bitexact", "-f", "wav", "pipe:1"]
-        result = subprocess.run(command, capture_output=True, pass_fds=(fd,), check=False)
+        for data in files:
+            inputs.append(os.memfd_create("audio", 0))
+            _write(inputs[-1], data)
+            outputs.append(os.memfd_create("wav", 0))
+            command += ["-threads", "1", "-i", f"/proc/self/fd/{inputs[-1]}"]
+        for i, fd in enumerate(outputs):
+            command += ["-vn", "-map", f"{i}:a:0", "-c:a", "pcm_s16le", "-bitexact", "-f", "wav", f"/proc/self/fd/{fd}"]
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, pass_fds=[*inputs, *outputs], check=False
+        )
+        if result.returncode:
+            reason = result.stderr.decode(errors="replace").strip().splitlines()
+            raise ShardError(f"{names[0]}: ffmpeg cannot read it ({reason[-1] if reason else result.returncode})")
+        return [os.pread(fd, os.fstat(fd).st_size, 0) for fd in outputs]
     finally:
-        os.close(fd)
-    if result.returncode:
-        reason = result.stderr.decode(errors="replace").strip().splitlines()
-        raise ShardError(f"{name}: ffmpeg cannot read it ({reason[-1] if reason else result.returncode})")
-    return result.stdout
+        for fd in inputs + outputs:
+            os.close(fd)
+
+
+def _write(fd: int, data: bytes) -> None:
+    with open(fd, "wb", closefd=False) as file:
+        file.write(data)
 
 
 def encode_flac(pcm: bytes | memoryview, sample_rate: int) -> bytes:

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -197,17 +197,13 @@ def write_shard(job: Job, report) -> None:
         digest, offset = hashlib.sha256(), 0
         head = None
         with format.atomic_write(job.out / name) as file:
-            for i, (key, source) in enumerate(zip(job.keys, job.sources)):
+            for i, (key, source, data) in enumerate(zip(job.keys, job.sources, _decoded(job))):
                 if i % TICK == TICK - 1:
                     report(TICK)
-                try:
-                    data = audio.decode(
-                        read_source(source, job.where[i]), source, job.settings.sample_rate, job.settings.convert
-                    )
-                except ShardError as error:
+                if isinstance(data, ShardError):
                     if not job.skip_bad:
-                        raise ShardError(f"{error} (or leave it out with --skip-bad FILE)") from None
-                    skipped.append((key.decode(), source, str(error)))
+                        raise ShardError(f"{data} (or leave it out with --skip-bad FILE)")
+                    skipped.append((key.decode(), source, str(data)))
                     continue
                 chunk = _members(key, data, job.settings, rows[len(keys)], offset)
                 file.write(chunk)
@@ -224,6 +220,13 @@ def write_shard(job: Job, report) -> None:
             rows[: len(keys)], keys, offset + len(format.TAR_END), digest.hexdigest(), head_crc32, job.digest, skipped
         )
         parts.write_part(job.out, job.shard, part)
+
+
+def _decoded(job: Job) -> Iterator[bytes | ShardError]:
+    def read(i: int) -> bytes:
+        return read_source(job.sources[i], job.where[i])
+
+    return audio.decode_ahead(job.sources, read, job.settings.sample_rate, job.settings.convert)
 
 
 def _members(key: bytes, pcm, settings: plan.Settings, row: np.void, offset: int) -> bytes:
