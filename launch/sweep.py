@@ -3,7 +3,7 @@
     python -m launch.sweep SWEEP.yaml [--dir runs/NAME] [--at-once K] [--dry-run] [--nodes ... as launch.submit]
                            [-- --data.train_shards shards/a ... options of every run]
 
-    recipe: fast_resnet34_angleproto         a recipe's name or a YAML file
+    recipe: fast_resnet34_angleproto         a recipe's name or a YAML file; as an axis: recipe.WHAT
     options: {data.train_shards: shards/a}   options of every run
     cluster: {gpus-per-node: 4, hours: 24}   as launch.submit's; the command line beats them
     at-once: 8
@@ -162,9 +162,11 @@ def plan(sweep: dict, common: list[str]) -> list[Run]:
     ]
     runs = []
     for overrides in combined:
-        words = ["--config", str(sweep["recipe"])] if sweep.get("recipe") else []
-        words += [word(k, v) for k, v in (sweep.get("options") or {}).items()] + common
-        words += [word(k, v) for k, v in overrides.items()]
+        # Recipes first: what stands behind a recipe on the command line beats it.
+        layers = [{"recipe": sweep["recipe"]}] if sweep.get("recipe") else []
+        layers += [{k: v for k, v in overrides.items() if is_recipe(k)}, sweep.get("options") or {}]
+        words = [word(k, v) for layer in layers for k, v in layer.items()] + common
+        words += [word(k, v) for k, v in overrides.items() if not is_recipe(k)]
         runs.append(Run(run_name(overrides, combined, sweep.get("grid") or {}), overrides, words))
     names = [run.name for run in runs]
     double = [name for name in names if names.count(name) > 1]
@@ -178,9 +180,14 @@ def as_options(key: str, value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {key: value}
 
 
+def is_recipe(key: str) -> bool:
+    """`recipe`, or an axis of recipes: `recipe.network`, `recipe.loss`."""
+    return key.split(".")[0] == "recipe"
+
+
 def word(key: str, value: Any) -> str:
     """`--key=value` as spknet.train reads it."""
-    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+    return f"--{'config' if is_recipe(key) else key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def run_name(overrides: dict[str, Any], every: list[dict[str, Any]], axes: dict[str, Any]) -> str:

@@ -61,7 +61,7 @@ def test_grid_is_every_combination_and_names_say_what_varies():
         "loss=ge2e,M=3,seed=1",
     ]
     assert runs[3].words == [
-        *("--config", "fast_resnet34_angleproto", "--loss.name=ge2e"),
+        *("--config=fast_resnet34_angleproto", "--loss.name=ge2e"),
         *("--data.utterances_per_speaker=3", "--train.seed=1"),
     ]
 
@@ -73,6 +73,14 @@ def test_listed_runs_get_the_grid_and_constant_options_are_not_named():
     )
     assert [run.name for run in runs] == ["lr=0.01,seed=4", "lr=-1,seed=4"]
     assert runs[0].words[:2] == ["--train.epochs=2", "--log.every_steps=1"]
+
+
+def test_recipes_as_axes_come_before_every_other_option():
+    grid = {"train.seed": [1], "recipe.network": ["vgg_m_40"], "recipe.loss": ["loss_ge2e"]}
+    (run,) = sweep.plan({"recipe": "base", "grid": grid, "options": {"train.epochs": 2}}, [])
+    assert run.name == "seed=1,network=vgg_m_40,loss=loss_ge2e"
+    recipes = ["--config=base", "--config=vgg_m_40", "--config=loss_ge2e"]
+    assert run.words == [*recipes, "--train.epochs=2", "--train.seed=1"]
 
 
 def test_values_of_any_type_reach_the_command_line():
@@ -135,7 +143,7 @@ def test_installed_sweep_of_the_paper_fits_the_options(tmp_path):
     content = sweep.read_sweep(sweep.sweep_path("paper_grid"))
     runs = sweep.plan(content, [])
     seeds = len(content["grid"]["train.seed"])
-    assert seeds == 3 and len(runs) % (3 * seeds) == 0
+    assert seeds == 3 and len(runs) == 3 * len(content["grid"]["recipe.loss"]) * seeds
     from spknet.config import parse
 
     for run in runs[::seeds]:
