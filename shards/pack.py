@@ -11,6 +11,7 @@ Usage: python -m shards.pack --list train_list.txt --root voxceleb2/dev/wav --ou
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import multiprocessing
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +77,7 @@ def pack(
     out = Path(out)
     if codec not in format.CODECS:
         raise ShardError(f"codec {codec!r}: expected wav or flac")
-    with _no_room(out):
+    with _room(out):
         (out / "parts").mkdir(parents=True, exist_ok=True)
         listed = plan.make_entries(tqdm(entries, "list", unit=" lines", delay=5, disable=not progress))
         settings = plan.Settings(sample_rate, codec, convert, seed, shard_bytes)
@@ -176,7 +178,7 @@ def _start_worker(counter) -> None:
 
 def _leave_with_parent() -> None:
     # A pool's workers outlive a killed parent: they would go on writing while the resumed pack does.
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
@@ -191,7 +193,7 @@ def _in_worker(job: Job) -> None:
 def write_shard(job: Job, report) -> None:
     """Writes one tar and its part file. report(n) is called for every few utterances."""
     name = index.tar_name(job.shard)
-    with _no_room(job.out):
+    with _room(job.out):
         format.remove_leftovers(job.out, name)
         rows, keys, skipped = np.zeros(len(job.keys), ROW), [], []
         digest, offset = hashlib.sha256(), 0
@@ -247,21 +249,17 @@ def _members(key: bytes, pcm, settings: plan.Settings, row: np.void, offset: int
     return b"".join([head, format.tar_header(name, size), riff, payload, format.padding(size)])
 
 
-class _no_room:
+@contextlib.contextmanager
+def _room(out: Path):
     """Turns `no space left on device` into what to do about it."""
-
-    def __init__(self, out: Path):
-        self.out = out
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise ShardError(
-                f"no room left in {self.out} ({error.strerror}): the finished tars are kept; "
-                "make room and run the same command again"
-            ) from None
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise ShardError(
+            f"no room left in {out} ({error.strerror}): the finished tars are kept; make room and run the same command again"
+        ) from None
 
 
 def parse_task(text: str) -> tuple[int, int]:
