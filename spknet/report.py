@@ -149,12 +149,12 @@ def threshold_rows(card: list[dict]) -> list[list[str]]:
 
 
 def group_rows(groups: list[dict]) -> list[list[str]]:
-    """A breakdown as a table, head first."""
+    """A breakdown as a table, head first; the rates are those at the list's own EER threshold, hence `oracle`."""
 
     def percent(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.2f}"
 
-    head = ["group", "trials", "targets", "EER %", "FAR %", "FRR %"]
+    head = ["group", "trials", "targets", "EER %", "FAR %, oracle", "FRR %, oracle"]
     return [head] + [
         [
             g["group"],

@@ -130,6 +130,8 @@ def test_order_sides_and_duplicates_of_trials_change_no_figure(lists, tmp_path):
     lines = Path(lists["trials"]).read_text().splitlines()
     (tmp_path / "other.txt").write_text("".join(f"{t} {b} {a}\n" for t, a, b in map(str.split, reversed(lines * 2))))
     options = lists | {"trials": [lists["trials"], str(tmp_path / "other.txt")], "dev_trials": None}
+    names = evaluate.check(settings(eval=options)).places.names
+    assert len(names) == len(set(names))  # both lists name the same utterances; each is embedded once
     found = evaluate.evaluate_network(network(), settings(eval=options), out_dir=tmp_path / "out")["lists"]
     assert (found["other"]["trials"], found["tests"]["trials"]) == (120, 60)
     for name in ("eer", "min_dcf_p01", "min_dcf_p05", "min_cllr", "eer_low", "eer_high"):
