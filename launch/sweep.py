@@ -65,8 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         path = sweep_path(parser.parse_args(own).sweep)
         sweep = read_sweep(path)
-        set_defaults(parser, sweep, path)
-        options = parser.parse_args(own)
+        options = parser.parse_args([*cluster_words(sweep), *own])
         folder = options.dir or Path("runs") / path.stem
         return _go(plan(sweep, common), folder.absolute(), options)
     except (SubmitError, ConfigError) as error:
@@ -138,16 +137,10 @@ def read_sweep(path: Path) -> dict:
     return sweep
 
 
-def set_defaults(parser: argparse.ArgumentParser, sweep: dict, path: Path) -> None:
-    """The file's `cluster:` and `at-once:` become the defaults of the command line."""
-    given = {key.replace("-", "_"): value for key, value in (sweep.get("cluster") or {}).items()}
-    known = vars(parser.parse_args(["x"]))
-    unknown = [key for key in given if key not in known]
-    if unknown:
-        raise SubmitError(
-            f"{path}: cluster: unknown option {unknown[0]!r}; `python -m launch.submit --help` lists them"
-        )
-    parser.set_defaults(**{"at_once": sweep.get("at-once", 8), **given})
+def cluster_words(sweep: dict) -> list[str]:
+    """The file's `cluster:` and `at-once:` as words of the command line, which its own words then beat."""
+    given = {"at-once": sweep.get("at-once", 8), **(sweep.get("cluster") or {})}
+    return [f"--{key}={v}" for key, values in given.items() for v in (values if isinstance(values, list) else [values])]
 
 
 def plan(sweep: dict, common: list[str]) -> list[Run]:

@@ -101,7 +101,6 @@ def test_runs_that_no_name_tells_apart_are_an_error():
         ({"recipe": "a"}, "expected `grid:`"),
         ({"grid": {"train.seed": 3}}, "grid: train.seed: expected a list of values"),
         ({"grid": {"train.seed": [3]}, "reciep": "a"}, "unknown key 'reciep'; expected recipe, options"),
-        ({"grid": {"train.seed": [3]}, "cluster": {"nods": 2}}, "cluster: unknown option 'nods'"),
         ({"grid": {"train.sed": [3]}}, "run sed=3: unknown option --train.sed; did you mean train.seed?"),
     ],
 )
@@ -110,6 +109,29 @@ def test_mistakes_in_a_sweep_file_are_named(tmp_path, capsys, content, said):
     assert sweep.main([str(path), "--dir", str(tmp_path / "out"), "--executor", "local"]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "said"),
+    [
+        ({"nods-per-rank": 2}, "unrecognized arguments: --nods-per-rank=2"),
+        ({"executor": "slrum"}, "invalid choice: 'slrum'"),
+    ],
+)
+def test_mistakes_in_the_cluster_options_of_a_sweep_are_named(tmp_path, capsys, cluster, said):
+    path = sweep_file(tmp_path, {"grid": {"train.seed": [3]}, "cluster": cluster})
+    with pytest.raises(SystemExit):
+        sweep.main([str(path)])
+    assert said in capsys.readouterr().err
+
+
+def test_command_line_beats_the_cluster_options_of_a_sweep(tmp_path, capsys):
+    path = sweep_file(tmp_path, {**GRID, "cluster": {"nodes": 3, "slurm": ["qos=a", "nice=1"]}, "at-once": 2})
+    words = [str(path), "--dir", str(tmp_path / "out"), "--dry-run"]
+    assert sweep.main(words) == 2  # 200 speakers on 3 ranks
+    assert "not divisible by 3 ranks" in capsys.readouterr().err
+    assert sweep.main([*words, "--nodes", "2", "--at-once", "5"]) == 0
+    assert "5 at once" in capsys.readouterr().out
 
 
 def test_unknown_sweep_names_those_installed(capsys):
@@ -148,6 +170,19 @@ def test_installed_sweep_of_the_paper_fits_the_options(tmp_path):
 
     for run in runs[::seeds]:
         parse(run.words)
+
+
+@pytest.mark.slow
+def test_sweep_on_this_machine_runs_one_after_another(tmp_path, options):
+    path = sweep_file(tmp_path, {"grid": {"train.seed": [0, 1]}, "cluster": {"executor": "local", "hours": 0.5}})
+    out = tmp_path / "out"
+    assert sweep.main([str(path), "--dir", str(out), "--at-once", "1", "--", *options, "--train.max_steps=2"]) == 0
+    deadline = time.monotonic() + 120
+    while any(s.state in status.ACTIVE for s in status.statuses(out)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert [s.state for s in status.statuses(out)] == ["done", "done"]
+    first_end = json.loads((out / "seed=0" / "state.json").read_text())["time"]
+    assert json.loads((out / "seed=1" / "launch.json").read_text())["starts"][0]["time"] > first_end
 
 
 @pytest.mark.parametrize(
