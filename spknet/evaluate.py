@@ -102,6 +102,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     chosen = parser.parse_args(argv)
     if bool(chosen.checkpoint) == bool(chosen.embeddings):
         parser.error("give --checkpoint RUN_OR_FILE, or --embeddings FOLDER to score again; one of the two")
+    if chosen.untrained and chosen.embeddings:
+        parser.error("--untrained embeds with the network's initial weights; it needs --checkpoint")
     return chosen
 
 
@@ -239,8 +241,8 @@ def with_options(config: Config, chosen: argparse.Namespace) -> Config:
     given = {name: getattr(chosen, name) for name in EVAL_OPTIONS if getattr(chosen, name) is not None}
     if "root" in given or "shards" in given:  # other places for the audio replace the run's
         given = {"root": None, "shards": None} | given
-        if "trials" in given:  # and the run's development list would be looked for there
-            given = {"dev_trials": None} | given
+        if "trials" in given or "dev_trials" in given:  # and the run's other lists would be looked for there
+            given = {"trials": None, "dev_trials": None} | given
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **given))
 
 

@@ -341,6 +341,23 @@ def test_what_is_wrong_on_the_command_line_is_said_before_extraction(run_dir, co
     with pytest.raises(SystemExit):
         run("--trials", lists["trials"])
     assert "give --checkpoint RUN_OR_FILE, or --embeddings FOLDER" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--embeddings", tmp_path, "--trials", lists["trials"], "--untrained")
+    assert "it needs --checkpoint" in capsys.readouterr().err
+
+
+def test_other_audio_replaces_the_runs_lists_and_places():
+    run_config = settings(eval={"trials": "run.txt", "dev_trials": "dev.txt", "root": "audio", "crops": 10})
+
+    def chosen(*words):
+        e = evaluate.with_options(run_config, evaluate.arguments(["--checkpoint", "x", *words])).eval
+        return e.trials, e.dev_trials, e.root, e.shards, e.crops
+
+    assert chosen() == ("run.txt", "dev.txt", "audio", None, 10)
+    assert chosen("--trials", "a", "b") == (["a", "b"], "dev.txt", "audio", None, 10)
+    assert chosen("--trials", "a", "--eval.shards", "s", "--crops", "1") == (["a"], None, None, ["s"], 1)
+    assert chosen("--dev_trials", "d", "--root", "r") == (None, "d", ["r"], None, 10)
+    assert chosen("--root", "r") == ("run.txt", "dev.txt", ["r"], None, 10)
 
 
 def test_enrolled_models_are_scored_from_the_command_line(run_dir, corpus, tmp_path):
