@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_BLOCK = 1 << 15  # items mixed at a time: what fits the cache is several times faster
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -31,12 +32,17 @@ def _tag(tag: str) -> int:
 
 def bits(seed: int, epoch: int, tag: str, items: np.ndarray) -> np.ndarray:
     """64 random bits for each item. items: integers, any shape -> uint64, the same shape."""
-    items = np.asarray(items).astype(np.uint64)
+    items = np.asarray(items)
+    flat, out = items.reshape(-1), np.empty(items.size, dtype=np.uint64)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
         key = np.array([seed], dtype=np.uint64)
         for word in (epoch, _tag(tag)):
             key = _mix(key + _GOLDEN) + np.uint64(word)
-        return _mix(_mix(key + _GOLDEN) + (items + np.uint64(1)) * _GOLDEN)
+        base = _mix(key + _GOLDEN)
+        for first in range(0, len(flat), _BLOCK):
+            block = flat[first : first + _BLOCK].astype(np.uint64) + np.uint64(1)
+            out[first : first + _BLOCK] = _mix(base + block * _GOLDEN)
+    return out.reshape(items.shape)
 
 
 def uniform(seed: int, epoch: int, tag: str, items: np.ndarray) -> np.ndarray:
