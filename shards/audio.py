@@ -26,7 +26,7 @@ from shards.format import MAX_SAMPLES, ShardError
 EXACT_SUBTYPES = {"PCM_16", "PCM_S8", "PCM_U8", "VORBIS", "OPUS", "MPEG_LAYER_III", "MPEG_LAYER_II", "MPEG_LAYER_I"}
 BY_FFMPEG = (".m4a", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".wma")
 AHEAD = 16  # files for one ffmpeg
-UNKNOWN_SIZE = (0, 0xFFFFFFFF)  # length of a data chunk that was written to a pipe
+UNKNOWN_SIZE = 0xFFFFFFFF  # length of a data chunk that was written to a pipe
 
 
 def read_audio(source: str | os.PathLike, sample_rate: int, convert: bool = False) -> np.ndarray:
@@ -81,7 +81,7 @@ def riff_pcm(data: bytes, name: str, sample_rate: int) -> memoryview | None:
         return None
     _, _, position, size = layout
     found = len(data) - position
-    if size in UNKNOWN_SIZE and found:
+    if size == UNKNOWN_SIZE:
         size = found - found % 2
     if size > found or size % 2:
         raise ShardError(f"{name}: cut: its header promises {size} bytes of audio, {found} are there")

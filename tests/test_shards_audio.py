@@ -40,6 +40,9 @@ def test_wav_with_further_chunks_and_of_unknown_length_is_read_bit_exact(tmp_pat
     (tmp_path / "c.wav").write_bytes(data[:40] + b"\xff\xff\xff\xff" + data[44:])
     for name in ("b.wav", "c.wav"):
         assert np.array_equal(read_audio(tmp_path / name, 16000), samples)
+    (tmp_path / "d.wav").write_bytes(data[:40] + bytes(4) + b"LIST\4\0\0\0abcd")
+    with pytest.raises(ShardError, match=r"d.wav: no audio in it \(0 samples\)"):
+        read_audio(tmp_path / "d.wav", 16000)
 
 
 @pytest.mark.parametrize("ending, subtype", [("ogg", "VORBIS"), ("opus", "OPUS"), ("mp3", "MPEG_LAYER_III")])
