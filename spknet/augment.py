@@ -48,8 +48,8 @@ class Augmenter:
         kinds = list(self.noise.speakers) if self.noise is not None else []
         self.kinds = kinds + (["rir"] if self.rir is not None else [])
 
-    def read(self, epoch: int, slots: np.ndarray) -> dict[str, torch.Tensor]:
-        """Everything `mix` and the network need, as tensors; empty without augmentation.
+    def read(self, epoch: int, slots: np.ndarray) -> dict[str, torch.Tensor | np.ndarray]:
+        """Everything `mix` and the network need; empty without augmentation.
 
         speed (n,) percent; masks (n, 4, 2); noise (k, samples) int16 with noise_of (k,) places in the batch and
         noise_snr (k,) dB; rir (j, rir_samples) int16 with rir_of (j,).
@@ -68,7 +68,8 @@ class Augmenter:
                 out |= self._noise(epoch, slots, kind)
             if self.rir is not None:
                 out |= self._rir(epoch, slots, kind == len(self.kinds) - 1)
-        return {name: torch.from_numpy(array) for name, array in out.items()}
+        # What is large travels as a tensor (see spknet.data.Batch).
+        return out | {name: torch.from_numpy(out[name]) for name in ("noise", "rir") if name in out}
 
     def _masks(self, epoch: int, slots: np.ndarray) -> np.ndarray:
         spans = []

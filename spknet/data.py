@@ -11,7 +11,7 @@ alone, so that prefetching, workers and ranks change nothing and a run continues
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from spknet.distributed import Ranks
 from spknet.sampler import Sampler
 
 SAMPLE_RATE = 16000  # Hz, where no data set says otherwise
+PREFETCH = 4  # batches a worker is ahead
 
 
 def dev_speakers(speakers: list[str], wanted: int | str) -> np.ndarray:
@@ -116,28 +117,30 @@ class Corpus:
 
 @dataclass
 class Batch:
-    """One step's share of a rank; n = speakers of the rank * M utterances, speaker by speaker."""
+    """One step's share of a rank; n = speakers of the rank * M utterances, speaker by speaker.
+
+    Only what is large is a tensor on its way from a worker: each costs a shared-memory file and a descriptor.
+    """
 
     step: int  # global
     crops: torch.Tensor  # (n, samples) int16; longer than a training crop where the speed is changed
-    labels: torch.Tensor  # (n / M,) int64, classes
-    rows: torch.Tensor  # (n,) int64, rows of the data set
-    slots: torch.Tensor  # (n,) int64, positions in the epoch
-    draws: torch.Tensor  # (n / M, 2) float64 in [0, 1), the loss's randomness
-    augment: dict[str, torch.Tensor]  # see spknet.augment
+    labels: np.ndarray  # (n / M,) int64, classes
+    rows: np.ndarray  # (n,) int64, rows of the data set
+    slots: np.ndarray  # (n,) int64, positions in the epoch
+    draws: np.ndarray  # (n / M, 2) float64 in [0, 1), the loss's randomness
+    augment: dict[str, torch.Tensor | np.ndarray]  # see spknet.augment
 
     def pin_memory(self) -> Batch:
-        return self._each(torch.Tensor.pin_memory)
+        large = {name: v.pin_memory() for name, v in self.augment.items() if isinstance(v, torch.Tensor)}
+        return replace(self, crops=self.crops.pin_memory(), augment=self.augment | large)
 
-    def to(self, device: torch.device) -> Batch:
-        """The tensors that the device needs, copied without waiting where they are pinned."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """(crops, augment, labels, draws) on the device, copied without waiting where they are pinned."""
 
-    def _each(self, do) -> Batch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        augment = {name: do(tensor) for name, tensor in values.pop("augment").items()}
-        moved = {name: do(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-        return Batch(augment=augment, **moved)
+        def move(value):
+            return torch.as_tensor(value).to(device, non_blocking=True)
+
+        return move(self.crops), {k: move(v) for k, v in self.augment.items()}, move(self.labels), move(self.draws)
 
 
 class Steps(torch.utils.data.Dataset):
@@ -155,6 +158,7 @@ class Steps(torch.utils.data.Dataset):
         rate = corpus.utterances.sample_rate
         self.samples = round(config.data.crop_seconds * rate)
         self.augmenter = Augmenter(config.augment, config.train.seed, self.samples, rate)
+        self.ring: list[torch.Tensor] = []  # a worker's own
 
     def __getitem__(self, step: int) -> Batch:
         sampler, utterances = self.corpus.sampler, self.corpus.utterances
@@ -164,19 +168,33 @@ class Steps(torch.utils.data.Dataset):
         flat, length = rows.reshape(-1), self.augmenter.read_samples
         spare = np.maximum(utterances.samples[flat].astype(np.int64) - length, 0)
         starts = (rng.uniform(self.seed, epoch, "crop", slots.reshape(-1)) * (spare + 1)).astype(np.int64)
-        crops = np.empty((len(flat), length), dtype=np.int16)
-        utterances.read_batch(flat, starts, crops)
+        crops = self._buffer(step, (len(flat), length))
+        utterances.read_batch(flat, starts, crops.numpy())
         speakers = np.searchsorted(utterances.speaker_rows, rows[:, 0], side="right") - 1
         draws = np.stack([rng.uniform(self.seed, epoch, f"loss {i}", slots[:, 0]) for i in range(2)], axis=1)
         return Batch(
             step=step,
-            crops=torch.from_numpy(crops),
-            labels=torch.from_numpy(utterances.labels[speakers].astype(np.int64)),
-            rows=torch.from_numpy(flat),
-            slots=torch.from_numpy(slots.reshape(-1)),
-            draws=torch.from_numpy(draws),
+            crops=crops,
+            labels=utterances.labels[speakers].astype(np.int64),
+            rows=flat,
+            slots=slots.reshape(-1),
+            draws=draws,
             augment=self.augmenter.read(epoch, slots.reshape(-1)),
         )
+
+    def _buffer(self, step: int, shape: tuple[int, int]) -> torch.Tensor:
+        """Where to read a step's crops to.
+
+        A worker reads into a few shared arrays in turn: fresh shared memory costs three times the reading (page faults). A
+        batch is overwritten once PREFETCH + 2 later ones of its worker have been asked for, and that is not before the
+        consumer has taken the second batch after it.
+        """
+        worker = torch.utils.data.get_worker_info()
+        if worker is None:
+            return torch.empty(shape, dtype=torch.int16)
+        if not self.ring:
+            self.ring = [torch.zeros(shape, dtype=torch.int16).share_memory_() for _ in range(PREFETCH + 3)]
+        return self.ring[step // worker.num_workers % len(self.ring)]
 
 
 def _ignore_signals(_worker: int) -> None:
@@ -187,7 +205,10 @@ def _ignore_signals(_worker: int) -> None:
 
 
 def loader(config: Config, corpus: Corpus, me: Ranks, first_step: int, last_step: int):
-    """Batches of the global steps [first_step, last_step) in order, across epochs without a pause between them."""
+    """Batches of the global steps [first_step, last_step) in order, across epochs without a pause between them.
+
+    With workers, a batch's crops are overwritten after the next two batches have been taken: use it, or copy it.
+    """
     workers = config.data.workers
     return torch.utils.data.DataLoader(
         Steps(config, corpus, me),
@@ -196,7 +217,7 @@ def loader(config: Config, corpus: Corpus, me: Ranks, first_step: int, last_step
         num_workers=workers,
         pin_memory=me.device.type == "cuda",
         worker_init_fn=_ignore_signals,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         # Workers are forked before the process group has threads that matter; the reader reopens its files after a fork.
         multiprocessing_context="fork" if workers else None,
     )

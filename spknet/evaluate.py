@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from shards.format import ShardError
+from shards.format import ShardError, atomic_write
 from spknet import breakdown, kept, report, rng, scoring
 from spknet.assess import Ask, assess, flat
 from spknet.backend import Backend, Embedded, cohort_places, speaker_means, trained_speakers
@@ -55,9 +55,18 @@ def evaluate_network(
 
     def finish() -> dict:
         lists = prepared.lists, prepared.roles
-        return flat(assess(*lists, embedded, backend_of(config), Path(out_dir), {"step": step}, ask))
+        found = flat(assess(*lists, embedded, backend_of(config), Path(out_dir), {"step": step}, ask))
+        keep_scores(config, Path(out_dir))
+        return found
 
     return on_first(finish, share=False) or {}
+
+
+def keep_scores(config: Config, out_dir: Path) -> None:
+    """Writes the first list's scores to the file that eval.scores names, too."""
+    if config.eval.scores:
+        with atomic_write(config.eval.scores) as file:
+            file.write((out_dir / "scores.txt").read_bytes())
 
 
 def backend_of(config: Config, **options) -> Backend:
@@ -118,6 +127,7 @@ EVAL_OPTIONS = {
     "batch_seconds": {"type": float, "help": "audio in one forward pass"},
     "padding": {"choices": ("repeat", "zeros"), "help": "of utterances shorter than a crop"},
     "metrics": {"choices": ("default", "voxceleb_trainer"), "help": "arithmetic of EER and minDCF"},
+    "scores": {"help": "file for the scores of the first list, besides --out"},
 }
 
 
@@ -230,6 +240,7 @@ def _finish(chosen, config: Config, facts: dict, lists, embedded: Embedded, coho
     if chosen.keep_embeddings:
         kept.keep(out_dir, embedded, facts, cohort)
     result = assess(*lists, embedded, backend, out_dir, facts, _asked(chosen, config), beside)
+    keep_scores(config, out_dir)
     if chosen.tensorboard:
         report.to_tensorboard(chosen.tensorboard, flat(result), out_dir, facts.get("step") or 0)
     print(report.text(report.rows(result)))

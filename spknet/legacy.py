@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shards.format import atomic_write
 from spknet import config as configuration
 from spknet.config import Config, ConfigError
 from spknet.legacy_flags import KNOWN, ONLY_NEWER, defaults, parse, read_yaml, value_of
@@ -51,9 +50,6 @@ class Translation:
             model, _, _ = checkpoint.load_network(path, me.device, model=config.model)
             found = evaluate.evaluate_network(model, config, out_dir=out, device=me.device)
             if me.first:
-                if config.eval.scores:
-                    with atomic_write(config.eval.scores) as file:
-                        file.write((out / "scores.txt").read_bytes())
                 print(f"EER {found['eer']:.4f} %, minDCF(0.05) {found['min_dcf_p05']:.5f}; report: {out}")
         return 0
 

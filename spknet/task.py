@@ -43,10 +43,10 @@ class SpeakerTask(nn.Module):
         return self.score(self.embed(waves, masks), labels, draws)
 
 
-def prepare(batch: Batch, samples: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def prepare(batch: Batch, samples: int, dtype: torch.dtype, device: torch.device) -> tuple:
     """The arguments of SpeakerTask.forward: augmented waves (n, samples), masks or None, labels, draws."""
-    masks = batch.augment.get("masks")
-    return mix(batch.crops, batch.augment, samples, dtype), masks, batch.labels, batch.draws
+    crops, augment, labels, draws = batch.to(device)
+    return mix(crops, augment, samples, dtype), augment.get("masks"), labels, draws
 
 
 def step_at_once(parallel: nn.Module, inputs: tuple, scale) -> tuple[torch.Tensor, torch.Tensor]:

@@ -229,7 +229,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.task.loss.margin = margin(c.loss, self.step)
-        inputs = prepare(batch.to(self.me.device), self.samples, self.dtype)
+        inputs = prepare(batch, self.samples, self.dtype, self.me.device)
         self.optimizer.zero_grad(set_to_none=True)
         if c.train.chunk:
             loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, c.train.chunk, self.me)

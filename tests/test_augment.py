@@ -13,7 +13,11 @@ N, SAMPLES = 400, 4000
 def draw(noise_and_rir, **options):
     noise, rir = noise_and_rir
     config = AugmentConfig(noise_shards=str(noise), rir_shards=str(rir), **options)
-    return Augmenter(config, 3, SAMPLES, 16000).read(1, np.arange(N))
+    return tensors(Augmenter(config, 3, SAMPLES, 16000).read(1, np.arange(N)))
+
+
+def tensors(drawn):
+    return {name: torch.as_tensor(value) for name, value in drawn.items()}
 
 
 def speech():
@@ -56,8 +60,8 @@ def test_draws_belong_to_slots_not_to_batches(noise_and_rir):
         AugmentConfig(noise_shards=str(noise), rir_shards=str(rir), spec_augment=True), 3, SAMPLES, 16000
     )
     crops = speech()
-    whole = augmenter.read(1, np.arange(N))
-    part = augmenter.read(1, np.arange(100, 150))
+    whole = tensors(augmenter.read(1, np.arange(N)))
+    part = tensors(augmenter.read(1, np.arange(100, 150)))
     mixed = mix(crops, whole, SAMPLES, torch.float64)[100:150]
     torch.testing.assert_close(mix(crops[100:150], part, SAMPLES, torch.float64), mixed, rtol=1e-9, atol=1e-12)
     assert torch.equal(whole["masks"][100:150], part["masks"])
@@ -67,7 +71,7 @@ def test_speed_moves_a_tone_by_its_factor():
     augmenter = Augmenter(AugmentConfig(speed=[0.9, 1.25]), 0, SAMPLES, 16000)
     assert augmenter.read_samples == 5000
     tone = (8000 * np.sin(2 * np.pi * 1000 * np.arange(5000) / 16000)).astype(np.int16)
-    drawn = augmenter.read(0, np.arange(20))
+    drawn = tensors(augmenter.read(0, np.arange(20)))
     waves = mix(torch.from_numpy(np.tile(tone, (20, 1))), drawn, SAMPLES, torch.float64)
     assert waves.shape == (20, SAMPLES) and set(drawn["speed"].tolist()) == {90, 125}
     for wave, percent in zip(waves.numpy(), drawn["speed"].tolist()):

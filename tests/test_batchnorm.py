@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from tests.ranks import run_ranks
 from torch import nn
 
 from spknet.batchnorm import GlobalBatchNorm, globalize
+from tests.ranks import run_ranks
 
 
 def data(channels_last):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.ranks import run_ranks
 
 from spknet.gather import all_reduce_sum, gather_rows
+from tests.ranks import run_ranks
 
 
 def problem():

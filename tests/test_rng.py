@@ -22,7 +22,7 @@ def test_every_part_of_the_key_changes_the_draws():
 
 def test_draws_are_uniform_and_uncorrelated():
     x = rng.uniform(0, 0, "t", np.arange(200_000))
-    assert 0 <= x.min() and x.max() < 1
+    assert x.min() >= 0 and x.max() < 1
     counts = np.histogram(x, bins=100, range=(0, 1))[0]
     chi2 = ((counts - 2000) ** 2 / 2000).sum()
     assert 50 < chi2 < 170  # 99 degrees of freedom

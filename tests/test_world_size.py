@@ -82,7 +82,7 @@ def gradients(rank, world, words, chunk):
     me = distributed.Ranks(rank, world, rank, world)
     trainer = Trainer(c, me)
     trainer.task.eval()  # BatchNorm frozen: then chunks are exact
-    inputs = prepare(next(iter(loader(c, trainer.corpus, me, 0, 1))), trainer.samples, trainer.dtype)
+    inputs = prepare(next(iter(loader(c, trainer.corpus, me, 0, 1))), trainer.samples, trainer.dtype, me.device)
     if chunk:
         loss, _ = step_in_chunks(trainer.task, inputs, lambda x: x, chunk, me)
     else:
