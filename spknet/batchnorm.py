@@ -9,7 +9,7 @@ evaluation uses. Backward: with x^ = (x - mean) / sqrt(var + eps) and n rows in 
 
     dL/dx = w / sqrt(var + eps) * [dy - 1/n sum(dy) - x^ 1/n sum(dy x^)]                         (Ioffe & Szegedy 2015)
 
-where both sums go over all ranks (one all-reduce of 2 C numbers). dw and db are left as this rank's own sums: DDP averages
+where both sums go over all ranks (2 C numbers, gathered). dw and db are left as this rank's own sums: DDP averages
 them like every other parameter's gradient. One custom operator, so that torch.compile keeps it in the graph.
 
     model = globalize(model)  # replaces every nn.BatchNorm; names of parameters stay
@@ -18,7 +18,6 @@ them like every other parameter's gradient. One custom operator, so that torch.c
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from spknet.gather import gather_detached, world_size
@@ -60,8 +59,8 @@ def _backward(
         dy, x, weight, mean, variance, mean, inverse, False, eps, [True, True, True]
     )
     sums = torch.stack([dw, db])
-    if world_size() > 1:
-        dist.all_reduce(sums)
+    if world_size() > 1:  # gloo gathers a few numbers more than twice as fast as it reduces them (0.6 against 1.6 ms)
+        sums = gather_detached(sums[None]).sum(0)
     # dx so far is w / sqrt(var + eps) * dy. What is missing is linear in x^, so the fused kernel of the forward pass makes
     # it: broadcasting per-channel numbers over a channels-last tensor costs several times as much.
     factor = -weight * inverse / (world_size() * (x.numel() // x.shape[1]))
