@@ -33,7 +33,9 @@ def test_draws_are_uniform_and_uncorrelated():
 
 def test_streams_of_different_keys_differ_and_repeat():
     assert rng.stream(1, 0, "a").integers(1 << 60) == rng.stream(1, 0, "a").integers(1 << 60)
-    seen = {rng.stream(s, e, t, i).integers(1 << 60) for s in (0, 1) for e in (0, 1) for t in ("a", "b") for i in (0, 1)}
+    seen = {
+        rng.stream(s, e, t, i).integers(1 << 60) for s in (0, 1) for e in (0, 1) for t in ("a", "b") for i in (0, 1)
+    }
     assert len(seen) == 16
 
 

@@ -20,7 +20,10 @@ def test_a_second_run_stops_and_names_the_owner(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=rf"belongs to a run on {socket.gethostname()} \(pid {other.pid}"), owned(tmp_path):
+        with (
+            pytest.raises(RunError, match=rf"belongs to a run on {socket.gethostname()} \(pid {other.pid}"),
+            owned(tmp_path),
+        ):
             pass
     finally:
         other.kill()

@@ -111,7 +111,9 @@ def test_cap_limits_the_utterances_of_a_speaker():
 
 
 def test_fewer_usable_speakers_than_a_batch_is_an_error_that_counts_them():
-    with pytest.raises(SamplerError, match=r"2 speakers have at least 3 utterances \(2 have fewer\).*speakers_per_batch=4"):
+    with pytest.raises(
+        SamplerError, match=r"2 speakers have at least 3 utterances \(2 have fewer\).*speakers_per_batch=4"
+    ):
         make([3, 2, 5, 1], 4, 3)
 
 

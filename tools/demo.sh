@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # From nothing to a trained, evaluated network, on two CPU ranks: `bash tools/demo.sh` with a made corpus, or
 # `bash tools/demo.sh DIR` with DIR/train_list.txt, DIR/test_list.txt and the files they name.
+# shellcheck source=tools/setup.sh
 source "$(dirname "$0")/setup.sh"
 corpus=${1:-demo/corpus}
 out=demo
 if [ $# -ge 1 ]; then out=demo/$(basename "$(realpath "$corpus")"); fi
-steps=${SPKNET_DEMO_STEPS:-240}
+steps=${SPKNET_DEMO_STEPS:-180}
 if [ $# -eq 0 ] && [ ! -f "$corpus/test_list.txt" ]; then
   python -m tools.synth --out "$corpus"
 fi
@@ -18,9 +19,8 @@ speakers=$(cut -d' ' -f1 "$corpus/train_list.txt" | sort | uniq -c | awk '$1 >= 
 speakers=$(( speakers < 40 ? speakers / 2 * 2 : 40 ))
 run=$out/run
 export OMP_NUM_THREADS=1
-torchrun --standalone --nproc_per_node 2 -m spknet.train --config fast_resnet34_angleproto \
-  --data.train_shards "$out/shards" --data.speakers_per_batch "$speakers" --data.workers 0 --train.max_steps "$steps" \
-  --train.precision bf16 --train.channels_last true --optim.schedule cosine --eval.every_epochs 0 --eval.score cosine --eval.crops 1 --eval.crop_seconds 0 --run_dir "$run"
+torchrun --standalone --nproc_per_node 2 -m spknet.train --config small_corpus --data.train_shards "$out/shards" \
+  --data.speakers_per_batch "$speakers" --train.max_steps "$steps" --run_dir "$run"
 torchrun --standalone --nproc_per_node 2 -m spknet.evaluate --checkpoint "$run" --trials "$corpus/test_list.txt" \
   --root "$corpus" --untrained --out "$run/evaluation"
 python -m tools.summary "$run"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The tests: every module in a few minutes; `bash tools/test.sh --all` adds the slow ones. Other words go to pytest.
+# shellcheck source=tools/setup.sh
 source "$(dirname "$0")/setup.sh"
 select=(-m "not slow")
 if [ "${1:-}" = --all ]; then
