@@ -152,16 +152,19 @@ def bench_dataloader(folder: Path, seconds: float) -> None:
     out = np.empty((BATCH, CROP), np.int16)
     ways = {"reader": lambda rows, starts: corpus.utterances.read_batch(rows, starts, out)}
     alone = crops_per_second(ways, drawn, seconds)["reader"]
-    before = children_seconds()
-    n = 0
-    start = time.perf_counter()
-    for _ in data.loader(options, corpus, me, 0, round(seconds * 100)):
-        n += BATCH
-    wall, own = time.perf_counter() - start, children_seconds() - before
-    print(
-        f"crops  DataLoader, 1 worker         {n / own:>12,.0f} /s/core   DataLoader / reader = {n / own / alone:.2f}"
-    )
-    print(f"crops  DataLoader, 1 worker         {n / wall:>12,.0f} /s")
+    # Two lengths: the difference is without the worker's start.
+    few, many = round(seconds * 30), round(seconds * 150)
+    own, wall = [], []
+    for steps in (few, many):
+        before, start = children_seconds(), time.perf_counter()
+        for _ in data.loader(options, corpus, me, 0, steps):
+            pass
+        wall.append(time.perf_counter() - start)
+        own.append(children_seconds() - before)
+    crops = BATCH * (many - few)
+    each, overall = crops / (own[1] - own[0]), crops / (wall[1] - wall[0])
+    print(f"crops  DataLoader, 1 worker         {each:>12,.0f} /s/core   DataLoader / reader = {each / alone:.2f}")
+    print(f"crops  DataLoader, 1 worker         {overall:>12,.0f} /s")
 
 
 def children_seconds() -> float:
