@@ -180,7 +180,7 @@ def peer_lost(error: BaseException) -> bool:
 
 
 class Watchdog(threading.Thread):
-    """Names the rank that stalls: every rank tells the store its step; whoever waits too long reads all and stops.
+    """Names the rank that stalls: every rank tells the store what it does; whoever waits too long reads all and stops.
 
     report: called with the message on the rank that gives up, before the process leaves with status 1. A stalled
     collective cannot be interrupted from Python, hence os._exit.
@@ -189,34 +189,54 @@ class Watchdog(threading.Thread):
     def __init__(self, me: Ranks, limit_seconds: float, report: Callable[[str], None]):
         super().__init__(daemon=True, name="watchdog")
         self.me, self.limit, self.report = me, limit_seconds, report
+        self.interval = min(5.0, limit_seconds / 8)
         self.store = dist.distributed_c10d._get_default_store() if me.world_size > 1 else None
         self.since: float | None = None  # None: not watching
         self.stopped = threading.Event()
+        self.beats = 0
 
-    def step(self, step: int) -> None:
-        """This rank has begun `step` (global)."""
+    def waits(self, step: int) -> None:
+        """This rank has done `step` steps (global) and waits for the next one's data."""
         self.since = time.monotonic()
-        if self.store is not None:
-            self.store.set(f"step/{self.me.rank}", str(step))
+        self._tell("at", f"{step} 0")
+
+    def computes(self, step: int) -> None:
+        """It has the data. Ranks meet in the step's collectives, so one that is slow stays behind in this alone."""
+        self._tell("at", f"{step} 1")
 
     def pause(self) -> None:
-        """What comes now (evaluation, saving, compiling) may take longer than a step."""
+        """What comes now (evaluation, saving) may take longer than a step."""
         self.since = None
 
+    def _tell(self, what: str, value: str) -> None:
+        if self.store is not None:
+            self.store.set(f"{what}/{self.me.rank}", value)
+
     def run(self) -> None:
-        while not self.stopped.wait(min(5.0, self.limit / 4)):
+        while not self.stopped.wait(self.interval):
+            self.beats += 1
+            self._tell("beat", str(self.beats))
             if self.since is not None and time.monotonic() - self.since > self.limit:
                 self.report(self._message())
                 os._exit(1)
+
+    def _read(self, what: str) -> list[str]:
+        names = [f"{what}/{rank}" for rank in range(self.me.world_size)]
+        return [self.store.get(name).decode() if self.store.check([name]) else "" for name in names]
 
     def _message(self) -> str:
         waited = f"no step finished within train.timeout_seconds={self.limit:g}"
         if self.store is None:
             return waited
-        names = [f"step/{rank}" for rank in range(self.me.world_size)]
-        steps = [int(self.store.get(name)) if self.store.check([name]) else -1 for name in names]
-        slowest = min(range(len(steps)), key=steps.__getitem__)
+        beats = self._read("beat")
+        time.sleep(3 * self.interval)  # counters, not times: clocks of machines differ
+        places = [tuple(map(int, (place or "-1 0").split())) for place in self._read("at")]
+        silent = [r for r, (a, b) in enumerate(zip(beats, self._read("beat"))) if a == b and r != self.me.rank]
+        slowest = silent[0] if silent else min(range(len(places)), key=places.__getitem__)
+        step, phase = places[slowest]
+        doing = "without a sign of life since" if silent else ("waiting for data", "computing")[phase]
+        steps = ", ".join(str(step) for step, _ in places)
         return (
-            f"{waited}; rank {slowest} is behind, last seen at step {steps[slowest]} (steps of all ranks:"
-            f" {', '.join(map(str, steps))}); look at that rank's log and machine"
+            f"{waited}; rank {slowest} is behind, last seen at step {step}, {doing} (steps of all ranks: {steps}); look at"
+            " that rank's log and machine"
         )

@@ -197,6 +197,7 @@ class Trainer:
                 meter.wait_begins()
                 batch = next(batches)
                 meter.wait_ends()
+                watchdog.computes(self.step)
                 loss, accuracy, asked = self.train_step(batch, stop)
                 self.step += 1
                 bar.update()
@@ -205,7 +206,7 @@ class Trainer:
                 self.window["loss"] += loss
                 self.window["accuracy"] += accuracy
                 self.window["steps"] += 1
-                watchdog.step(self.step)
+                watchdog.waits(self.step)
                 if self.step % self.config.log.every_steps == 0 or self.step == self.total_steps:
                     self.write_metrics(meter, bar)
                 if asked["stop"] or asked["save"] or self.step == self.total_steps or self._save_step():
