@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 class RankError(RuntimeError):
@@ -91,9 +92,11 @@ def ranks(device: str = "auto", threads: int = 0, timeout_seconds: float = 600.0
         # The watchdog speaks first (it can name the slow rank); the process group's own limit is the net below it.
         limit = datetime.timedelta(seconds=2 * timeout_seconds + 60)
         extra = {"device_id": where} if cuda else {}
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", rank=place["rank"], world_size=place["world_size"], timeout=limit, **extra
-        )
+        store, rank, world = next(rendezvous("env://", rank=place["rank"], world_size=place["world_size"]))
+        # torchrun with a fixed --master_port keeps its store over restarts, with the addresses of ranks that are gone.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, **extra)
     try:
         yield Ranks(device=where, **place)
     finally:

@@ -3,7 +3,7 @@
     python -m tools.exactness --shards shards/speech --trials speech/test_list.txt --root speech
 
 Runs spknet.train under torchrun over gloo: a few steps in float64 and in float32, then a longer float32 run as spknet does it
-and with `--local`: each rank scores its own speakers only, BatchNorm sees its own rows only, as voxceleb_trainer under DDP.
+and as `local`: each rank scores its own speakers only, BatchNorm sees its own rows only, as voxceleb_trainer under DDP.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def local_losses() -> Iterator[None]:
 def run(folder: Path, world: int, words: list[str], local: bool = False) -> tuple[list[float], dict, dict]:
     """(loss of each step, scores by trial, the evaluation's figures) of one run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    command += ["-m", "tools.exactness", "--local"] if local else ["-m", "spknet.train"]
+    command += ["-m", "tools.exactness", "local"] if local else ["-m", "spknet.train"]
     command += [*words, "--run_dir", str(folder)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     lines = read_metrics(folder / "metrics.jsonl")
@@ -65,7 +65,7 @@ def differences(base: tuple, other: tuple) -> tuple[float, float]:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--local"]:
+    if argv[:1] == ["local"]:
         from spknet.train import main as train
 
         with local_losses():
@@ -75,19 +75,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--trials", required=True)
     parser.add_argument("--root", required=True)
     parser.add_argument("--speakers", type=int, default=40, help="speakers of a batch")
-    parser.add_argument("--steps", type=int, default=5, help="of the runs that are compared number by number")
-    parser.add_argument("--long-steps", type=int, default=200, help="of the runs with local prototypes")
+    parser.add_argument("--steps", type=int, default=5, help="of the runs compared number by number; 0: none")
+    parser.add_argument("--long-steps", type=int, default=200, help="of the runs with local prototypes; 0: none")
     parser.add_argument("--width", type=float, default=0.25, help="of ResNetSE34L's channels")
     chosen = parser.parse_args(argv)
     words = f"--data.train_shards {chosen.shards} --data.speakers_per_batch {chosen.speakers} --data.workers 0"
     words += f" --eval.trials {chosen.trials} --eval.root {chosen.root} --eval.every_epochs 0 --eval.crop_seconds 3"
     words += f" --model.width {chosen.width} --log.every_steps 1 --log.tensorboard false"
     with tempfile.TemporaryDirectory() as temporary:
-        compare(Path(temporary), words.split(), chosen)
+        if chosen.steps:
+            compare_numbers(Path(temporary), words.split(), chosen)
+        if chosen.long_steps:
+            compare_ways(Path(temporary), words.split(), chosen)
     return 0
 
 
-def compare(folder: Path, words: list[str], chosen: argparse.Namespace) -> None:
+def compare_numbers(folder: Path, words: list[str], chosen: argparse.Namespace) -> None:
     print(
         f"{chosen.steps} steps, N={chosen.speakers}, M=2, {chosen.width:g} of ResNetSE34L's channels, against 1 rank\n"
     )
@@ -100,6 +103,9 @@ def compare(folder: Path, words: list[str], chosen: argparse.Namespace) -> None:
         for world in (2, 4):
             loss, score = differences(base, run(folder / f"{precision}-{world}", world, few))
             print(f"| {precision} | {world} | {loss:.1e} | {score:.1e} |", flush=True)
+
+
+def compare_ways(folder: Path, words: list[str], chosen: argparse.Namespace) -> None:
     print(f"\n{chosen.long_steps} steps in float32\n")
     print("| ranks | way | loss, mean of the last 20 steps | EER % (95 % interval) |\n|---|---|---|---|")
     many = [*words, "--train.max_steps", str(chosen.long_steps), "--optim.schedule", "cosine"]
