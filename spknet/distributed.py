@@ -99,6 +99,8 @@ def ranks(device: str = "auto", threads: int = 0, timeout_seconds: float = 600.0
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, **extra)
     try:
         yield Ranks(device=where, **place)
+        if dist.is_initialized():  # a rank that leaves while another still works may abort that one in gloo's threads
+            dist.barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
