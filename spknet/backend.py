@@ -89,12 +89,15 @@ class Backend:
         self.calibration = fit(self._features(scores, trials, embedded), trials.labels)
 
     def _distances(self, trials: Trials, embedded: Embedded, right: np.ndarray) -> np.ndarray:
-        crops = scoring.unit(embedded.embeddings) if self.normalize else embedded.embeddings
+        # All crops of a model's utterances against the test's: the mean over its utterances, each a pair of its own.
         models = [[embedded.rows[u] for u in trials.utterances_of(m)] for m in trials.models]
-        if all(len(own) == 1 for own in models):
-            return scoring.mean_distance(crops, crops, np.array([own[0] for own in models])[trials.left], right)
-        left = [crops[own].reshape(-1, crops.shape[-1]) for own in models]
-        return scoring.mean_distance(left, crops, trials.left, right)
+        sizes = np.array([len(own) for own in models])
+        firsts, size = (np.cumsum(sizes) - sizes)[trials.left], sizes[trials.left]
+        starts = np.cumsum(size) - size
+        left = np.concatenate(models)[np.arange(size.sum()) + np.repeat(firsts - starts, size)]
+        crops = embedded.embeddings
+        pairs = scoring.mean_distance(crops, crops, left, np.repeat(right, size), self.normalize)
+        return (np.add.reduceat(pairs, starts) / size).astype(pairs.dtype)
 
     def _as_norm(self, scores, units, left, right) -> np.ndarray:
         cohort = self.cohort - self.cohort.mean(axis=0) if self.subtract_mean else self.cohort

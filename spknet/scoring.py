@@ -13,13 +13,16 @@ Each trial's score is computed from its own two rows alone, and swapping the sid
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from spknet.trials import TrialError, Trials
 
 BLOCK = 4096  # trials of one block of cosines
-PAIRS = 2048  # trials of one block of crop distances
+PAIRS = 256  # trials of one block of crop distances
 COHORT_BLOCK = 512  # utterances that meet the cohort at a time
 
 
@@ -57,39 +60,57 @@ def cosine(left_rows: np.ndarray, right_rows: np.ndarray, left: np.ndarray, righ
     return out.numpy()
 
 
-def mean_distance(left_crops, right_crops: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Minus the mean distance between all pairs of crops. left_crops: (A, crops, D), or a list of (any crops, D) for models
-    of several utterances; right_crops: (B, crops, D); left, right: (n,) -> (n,).
+def mean_distance(
+    left_crops: np.ndarray, right_crops: np.ndarray, left: np.ndarray, right: np.ndarray, normalize: bool = False
+) -> np.ndarray:
+    """Minus the mean distance between all pairs of crops. left_crops: (A, crops, D); right_crops: (B, crops, D); left, right:
+    (n,) -> (n,). normalize: crops are given length 1 first.
 
     ||a - b||^2 = |a|^2 + |b|^2 - 2 a.b, so the trials of one left side are one matrix product.
     """
     scores = np.empty(len(left), right_crops.dtype)
-    if isinstance(left_crops, list):
-        for i, own in enumerate(left_crops):
-            trials = np.flatnonzero(left == i)
-            zeros, each = np.zeros(len(trials), np.int64), np.arange(len(trials))
-            scores[trials] = mean_distance(own[None], right_crops[right[trials]], zeros, each)
-        return scores
     order = np.argsort(left, kind="stable")
-    norms_a = np.einsum("acd,acd->ac", left_crops, left_crops)
-    norms_b = norms_a if left_crops is right_crops else np.einsum("bcd,bcd->bc", right_crops, right_crops)
-    for start in range(0, len(left), PAIRS):
-        trials = order[start : start + PAIRS]
-        squared = _products(left_crops, right_crops, left[trials], right[trials])
-        squared *= -2
-        squared += norms_a[left[trials], None, :]
-        squared += norms_b[right[trials], :, None]
-        np.maximum(squared, 0, out=squared)
-        scores[trials] = -np.sqrt(squared, out=squared).reshape(len(trials), -1).mean(axis=1)
+    lengths_a, factors_a = _lengths(left_crops, normalize)
+    lengths_b, factors_b = (lengths_a, factors_a) if left_crops is right_crops else _lengths(right_crops, normalize)
+
+    def score(part: np.ndarray) -> None:
+        # A block's crops stay in the processor's cache between gathering and multiplying; no copy of all crops is made.
+        gathered = np.empty((min(PAIRS, len(part)), *right_crops.shape[1:]), right_crops.dtype)
+        for start in range(0, len(part), PAIRS):
+            trials = part[start : start + PAIRS]
+            a, b = left[trials], right[trials]
+            squared = _products(left_crops, right_crops, a, b, gathered[: len(trials)])
+            squared *= (-2 * factors_a[a])[:, None, :]
+            squared *= factors_b[b][:, :, None]
+            squared += lengths_a[a][:, None, :]
+            squared += lengths_b[b][:, :, None]
+            np.maximum(squared, 0, out=squared)
+            scores[trials] = -np.sqrt(squared, out=squared).reshape(len(trials), -1).mean(axis=1)
+
+    # numpy lets go of the interpreter inside a call. Products this small gain nothing from threads of their own, which would
+    # only wait for each other's.
+    threads = torch.get_num_threads()
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+        list(pool.map(score, np.array_split(order, threads)))
     return scores
 
 
-def _products(left_crops, right_crops, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Inner products of all pairs of crops, (n, right crops, left crops), for trials in the order of their left sides."""
+def _lengths(crops: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Squared lengths of crops as they are compared, and what a crop is multiplied by before; crops of zeros stay zero."""
+    squared = np.einsum("acd,acd->ac", crops, crops)
+    if not normalize:
+        return squared, np.ones_like(squared)
+    return (squared > 0).astype(squared.dtype), 1 / np.sqrt(np.where(squared > 0, squared, 1))
+
+
+def _products(left_crops, right_crops, left: np.ndarray, right: np.ndarray, gathered: np.ndarray) -> np.ndarray:
+    """Inner products of all pairs of crops, (n, right crops, left crops), for trials in the order of their left sides.
+    gathered: (n, right crops, D), overwritten."""
+    right_crops.take(right, axis=0, out=gathered, mode="clip")
     out = np.empty((len(left), right_crops.shape[1], left_crops.shape[1]), right_crops.dtype)
     cuts = np.flatnonzero(np.diff(left, prepend=-1, append=-1))
     for start, stop in zip(cuts[:-1], cuts[1:]):
-        others = right_crops[right[start:stop]].reshape(-1, right_crops.shape[2])
+        others = gathered[start:stop].reshape(-1, gathered.shape[2])
         np.matmul(others, left_crops[left[start]].T, out=out[start:stop].reshape(-1, out.shape[2]))
     return out
 
