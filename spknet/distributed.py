@@ -22,6 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from spknet import gather
+from spknet.wires import Wires
+
 
 class RankError(RuntimeError):
     """Ranks do not fit together, or one of them was lost; the message names it."""
@@ -97,11 +100,16 @@ def ranks(device: str = "auto", threads: int = 0, timeout_seconds: float = 600.0
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, **extra)
+        if not cuda and place["local_size"] == world:
+            gather.wires = Wires(store, rank, world, limit.total_seconds())
     try:
         yield Ranks(device=where, **place)
         if dist.is_initialized():  # a rank that leaves while another still works may abort that one in gloo's threads
             dist.barrier()
     finally:
+        if gather.wires is not None:
+            gather.wires.close()
+            gather.wires = None
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -108,7 +108,7 @@ class counting:
         from spknet import gather
 
         self.total = [0]
-        self.modules = [(dist, name) for name in self.NAMES if hasattr(dist, name)] + [(gather, "_all_gather")]
+        self.modules = [(dist, name) for name in self.NAMES if hasattr(dist, name)] + [(gather, "_gather_into")]
         self.real = [getattr(module, name) for module, name in self.modules]
         for (module, name), function in zip(self.modules, self.real):
             setattr(module, name, self._wrap(function, -1 if "gather" in name else 0))
