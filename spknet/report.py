@@ -170,9 +170,13 @@ def group_rows(groups: list[dict]) -> list[list[str]]:
 
 def text(table: list[list[str]]) -> str:
     """A table as aligned columns for the terminal, empty columns left out."""
-    kept = [column for column in zip(*table) if any(column[1:])]
-    widths = [max(map(len, column)) for column in kept]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in zip(*kept))
+    table = _filled(table)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table)
+
+
+def _filled(table: list[list[str]]) -> list[tuple[str, ...]]:
+    return list(zip(*(column for column in zip(*table) if any(column[1:]))))
 
 
 def to_tensorboard(folder: str | Path, numbers: dict, pictures: Path, step: int) -> None:
@@ -188,11 +192,11 @@ def to_tensorboard(folder: str | Path, numbers: dict, pictures: Path, step: int)
             board.add_image(f"eval/{path.stem}", matplotlib.image.imread(path)[..., :3], step, dataformats="HWC")
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-table{border-collapse:collapse;margin:.6rem 0 1.4rem;display:block;overflow-x:auto}th,td{padding:.25rem .7rem;text-align:right;
-border-bottom:1px solid #ddd;white-space:nowrap}th{border-bottom:2px solid #888}td:first-child,th:first-child,td:nth-child(2),
-th:nth-child(2){text-align:left}img{max-width:100%;margin:.4rem 1rem .4rem 0}dt{font-weight:600;float:left;clear:left;width:12rem}
-dd{margin-left:12.5rem;overflow-wrap:anywhere}p{color:#444}"""
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
+table{border-collapse:collapse;margin:.6rem 0 1.4rem;display:block;overflow-x:auto;font-size:13px}th,td{padding:.25rem .5rem;
+text-align:right;vertical-align:top;border-bottom:1px solid #ddd}th{border-bottom:2px solid #888}td:first-child,th:first-child,
+td:nth-child(2),th:nth-child(2){text-align:left}img{width:min(100%,36rem);vertical-align:top;margin:.4rem 1rem .4rem 0}dt{font-weight:600;float:left;
+clear:left;width:8rem}dd{margin-left:8.5rem;overflow-wrap:anywhere}p{color:#444}"""
 
 
 def write_html(path: str | Path, report: dict, drawn: dict[str, bytes]) -> None:
@@ -231,7 +235,7 @@ CARD_NOTE = (
 
 
 def _html_table(table: list[list[str]]) -> str:
-    head, *body = table
+    head, *body = _filled(table)
     lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
     return "<table>" + "".join(lines) + "</table>"
@@ -239,5 +243,5 @@ def _html_table(table: list[list[str]]) -> str:
 
 def _shown(value) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {inner}" for name, inner in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return "; ".join(f"{name} {_shown(inner)}" for name, inner in value.items() if inner is not None)
+    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
