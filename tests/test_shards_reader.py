@@ -169,6 +169,14 @@ def test_at_most_256_tars_are_open_in_a_process(tmp_path):
     assert open_tars(tmp_path) == 0
 
 
+def check_every_way_in(both, audio):
+    rows, starts, expected = crops(both, audio, 80, 900)
+    batch = np.zeros((80, 900), np.int16)
+    both.read_batch(rows, starts, batch)
+    assert np.array_equal(batch, expected)
+    assert [both.key(row) for row in both.find(list(audio)).tolist()] == list(audio)
+
+
 def test_several_data_sets_keep_their_speakers_apart(tmp_path):
     first, a = packed(tmp_path / "1", "vox1")
     b = make_corpus(tmp_path / "2" / "wav", seed=7, speakers=8, prefix="id")
@@ -179,12 +187,7 @@ def test_several_data_sets_keep_their_speakers_apart(tmp_path):
     assert len(both) == len(a) + len(b)
     assert list(both.speakers) == [f"vox1/id{s:03d}" for s in range(6)] + [f"vox2/id{s:03d}" for s in range(8)]
     assert both.labels.tolist() == list(range(14)) and both.speaker_rows[-1] == len(both)
-    rows, starts, expected = crops(both, a | moved, 80, 900)
-    batch = np.zeros((80, 900), np.int16)
-    both.read_batch(rows, starts, batch)
-    assert np.array_equal(batch, expected)
-    keys = list(a | moved)
-    assert [both.key(row) for row in both.find(keys).tolist()] == keys
+    check_every_way_in(both, a | moved)
 
 
 def test_united_speakers_own_the_rows_of_all_data_sets(tmp_path):
@@ -199,12 +202,7 @@ def test_united_speakers_own_the_rows_of_all_data_sets(tmp_path):
         rows = range(int(both.speaker_rows[s]), int(both.speaker_rows[s + 1]))
         assert sorted(both.key(row) for row in rows) == sorted(k for k in a | moved if k.startswith(speaker + "/"))
         assert [len((a | moved)[both.key(row)]) for row in rows] == [int(both.samples[row]) for row in rows]
-    rows, starts, expected = crops(both, a | moved, 80, 900)
-    batch = np.zeros((80, 900), np.int16)
-    both.read_batch(rows, starts, batch)
-    assert np.array_equal(batch, expected)
-    keys = list(a | moved)
-    assert [both.key(row) for row in both.find(keys).tolist()] == keys
+    check_every_way_in(both, a | moved)
 
 
 def test_data_sets_that_do_not_go_together_are_refused(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 import soundfile
 
 from shards.reader import open_shards
+from tests.test_voxceleb_extract import by_ffmpeg
 from tools import bench_voxceleb, voxceleb
 from tools.extract import ArchiveError
 from tools.voxceleb_files import ARCHIVES, check_trials, count_report, with_checksums
@@ -60,26 +61,6 @@ def command(host, save, *words):
         "--base-url",
         folder.as_uri(),
     ]
-
-
-def by_ffmpeg(path):
-    line = [
-        "ffmpeg",
-        "-v",
-        "error",
-        "-i",
-        str(path),
-        "-ac",
-        "1",
-        "-ar",
-        "16000",
-        "-f",
-        "s16le",
-        "-c:a",
-        "pcm_s16le",
-        "-",
-    ]
-    return subprocess.run(line, capture_output=True, check=True).stdout
 
 
 def check_shards(shards, host):

@@ -254,23 +254,8 @@ def aac(path, seconds=0.7, rate=16000, channels=1, seed=0):
 
 
 def by_ffmpeg(path):
-    command = [
-        "ffmpeg",
-        "-v",
-        "error",
-        "-i",
-        str(path),
-        "-ac",
-        "1",
-        "-ar",
-        "16000",
-        "-f",
-        "s16le",
-        "-c:a",
-        "pcm_s16le",
-        "-",
-    ]
-    return subprocess.run(command, capture_output=True, check=True).stdout
+    command = f"ffmpeg -v error -i {path} -ac 1 -ar 16000 -f s16le -c:a pcm_s16le -"
+    return subprocess.run(command.split(), capture_output=True, check=True).stdout
 
 
 @needs_ffmpeg

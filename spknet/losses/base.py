@@ -9,6 +9,8 @@ of the rank's own rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from spknet.config import LossConfig
 
 
-class Loss(nn.Module):
+class Loss(nn.Module, ABC):
     """Subclasses define `compute(x, labels, draws)`; `fewest` and `most` bound M, the utterances of a speaker.
 
     `margin` may be set before each step; `clamp_` is called after each optimizer step.
@@ -34,8 +36,9 @@ class Loss(nn.Module):
             x = embeddings if embeddings.dtype.itemsize >= 4 else embeddings.float()
             return self.compute(x, labels, draws)
 
+    @abstractmethod
     def compute(self, x: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """(value, accuracy), as above; x is in float32 or float64."""
 
     def clamp_(self) -> None:
         """Puts parameters back into their range."""

@@ -12,6 +12,7 @@ Rows are utterances: all M of each speaker. Class weights are (classes, D), row 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,9 @@ class MarginSoftmax(Loss):
     def reset_parameters(self) -> None:
         nn.init.xavier_normal_(self.weight)
 
+    @abstractmethod
     def with_margin(self, cosine: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The cosines with the right class, any shape, made harder by the margin."""
 
     def compute(self, x: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         targets = labels.repeat_interleave(x.shape[1])[:, None]
