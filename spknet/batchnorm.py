@@ -40,6 +40,9 @@ def _moments(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     # The training kernel is the fastest way to this rank's statistics of a channels-last or half-precision tensor; with
     # momentum 1 it leaves them in the running buffers, the variance with Bessel's correction, which is taken back here.
     channels, count = x.shape[1], x.numel() // x.shape[1]
+    if count == 1:  # the correction would be 0 times infinity
+        mean = x.reshape(channels).to(dtype, copy=True)
+        return torch.zeros_like(mean), mean
     mean, variance = x.new_zeros(channels, dtype=dtype), x.new_ones(channels, dtype=dtype)
     torch.ops.aten.batch_norm_update_stats(x, mean, variance, 1.0)
     return variance * ((count - 1) / count), mean

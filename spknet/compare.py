@@ -104,6 +104,12 @@ def compare(found: list, replicates: int, known: dict[str, str] | None = None) -
     base_name, base = found[0]
     for name, (base_scores, trials) in base.items():
         left, right, _ = report.speaker_numbers(trials, known)
+        contradicting = int(((left == right) != (trials.labels == 1)).sum())
+        if contradicting:
+            raise TrialError(
+                f"{trials.path}: {contradicting} labels contradict the speakers in the names, so speakers cannot be drawn for"
+                " intervals; give --utt2spk FILE with `name speaker` lines"
+            )
         drawn = bootstrap.replicate(base_scores, trials.labels, left, right, replicates)
         base_figures = _figures(base_scores, trials.labels)
         rows.append(

@@ -101,7 +101,7 @@ class TrainConfig:
     resume_override: bool = False  # continue although options that shape the result have changed
     initial_model: str | None = None  # weights to start from: a checkpoint of spknet or voxceleb_trainer
     allow_partial: bool = False  # start although initial_model lacks weights or has others
-    timeout_seconds: float = 600.0  # without a step of some rank: name it and stop
+    timeout_seconds: float = 600.0  # no step of some rank, saving included, for so long: name it and stop
     profile: bool = False  # write a torch.profiler trace of steps 10 to 15 to RUN/profile
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0  # CPU threads of a rank; 0: cores divided by the ranks on this machine

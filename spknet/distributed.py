@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from spknet import gather
-from spknet.wires import Wires
+from spknet.wires import put_up
 
 
 class RankError(RuntimeError):
@@ -100,9 +100,9 @@ def ranks(device: str = "auto", threads: int = 0, timeout_seconds: float = 600.0
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, **extra)
-        if not cuda and place["local_size"] == world:
-            gather.wires = Wires(store, rank, world, limit.total_seconds())
     try:
+        if dist.is_initialized() and not cuda:
+            gather.wires = put_up(place["rank"], place["world_size"], 2 * timeout_seconds + 60)
         yield Ranks(device=where, **place)
         if dist.is_initialized():  # a rank that leaves while another still works may abort that one in gloo's threads
             dist.barrier()
@@ -217,8 +217,12 @@ class Watchdog(threading.Thread):
         """It has the data. Ranks meet in the step's collectives, so one that is slow stays behind in this alone."""
         self._tell("at", f"{step} 1")
 
+    def saves(self, step: int) -> None:
+        """Rank 0 writes a checkpoint, and the others wait for it."""
+        self._tell("at", f"{step} -1")
+
     def pause(self) -> None:
-        """What comes now (evaluation, saving) may take longer than a step."""
+        """What comes now (evaluation) may take much longer than a step."""
         self.since = None
 
     def _tell(self, what: str, value: str) -> None:
@@ -247,7 +251,7 @@ class Watchdog(threading.Thread):
         silent = [r for r, (a, b) in enumerate(zip(beats, self._read("beat"))) if a == b and r != self.me.rank]
         slowest = silent[0] if silent else min(range(len(places)), key=places.__getitem__)
         step, phase = places[slowest]
-        doing = "without a sign of life since" if silent else ("waiting for data", "computing")[phase]
+        doing = "without a sign of life since" if silent else ("waiting for data", "computing", "saving")[phase]
         steps = ", ".join(str(step) for step, _ in places)
         return (
             f"{waited}; rank {slowest} is behind, last seen at step {step}, {doing} (steps of all ranks: {steps}); look at"

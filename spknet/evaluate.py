@@ -152,6 +152,7 @@ def _score_again(chosen: argparse.Namespace) -> None:
     settings = {name: facts["eval"][name] for name in ("score", "crops", "crop_seconds")}
     loss = dataclasses.replace(LossConfig(), name=facts["loss"])
     config = with_options(Config(loss=loss, eval=EvalConfig(**settings)), chosen)
+    backend_of(config, subtract_mean=chosen.subtract_mean, as_norm=chosen.as_norm).check()
     lists, roles = read_lists(config, chosen.enrolment)
     require(lists, set(utterances(lists)) - set(embedded.rows), chosen.embeddings)
     if cohort is None and (chosen.as_norm or chosen.subtract_mean):

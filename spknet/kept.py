@@ -29,7 +29,9 @@ def keep(folder: str | Path, embedded: Embedded, facts: dict, cohort: np.ndarray
         file.write("".join(f"{name} {n}\n" for name, n in zip(names, embedded.samples)).encode())
     with atomic_write(folder / "embeddings.json") as file:
         file.write(json.dumps(facts, indent=1).encode())
-    if cohort is not None:
+    if cohort is None:
+        (folder / "cohort.npy").unlink(missing_ok=True)  # of another network, perhaps
+    else:
         with atomic_write(folder / "cohort.npy") as file:
             np.save(file, cohort, allow_pickle=False)
     with atomic_write(folder / "embeddings.npy") as file:

@@ -8,7 +8,7 @@ length-normalised embeddings) and the newer one, told by flags that only it has,
 checkpoint. `--legacy.version seed|newer` says it. Options of spknet (`--eval.scores FILE`) may stand beside the flags and
 beat them. Files are read by spknet.legacy_state.
 
-    if is_legacy(argv): translation = translate(argv)
+    config, instead = options(argv)  # of either kind
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,16 @@ from spknet.config import Config, ConfigError
 from spknet.legacy_flags import KNOWN, ONLY_NEWER, defaults, parse, read_yaml, value_of
 from spknet.legacy_state import guess_model, is_legacy_checkpoint, load_initial, load_into, split, window_of
 
-__all__ = ["Translation", "guess_model", "is_legacy", "is_legacy_checkpoint", "load_initial", "load_into", "translate"]
+__all__ = [
+    "Translation",
+    "guess_model",
+    "is_legacy",
+    "is_legacy_checkpoint",
+    "load_initial",
+    "load_into",
+    "options",
+    "translate",
+]
 
 HOP, EXTRA = 0.010, 0.015  # seconds: n frames of the reference are 160 n + 240 samples at 16 kHz
 NORMALIZED = ("ge2e", "angleproto")  # losses whose embeddings the version of mid 2020 length-normalises first
@@ -286,3 +297,23 @@ def command(config: Config, eval_only: bool) -> str:
     for key, value in changed.items():
         words += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
     return shlex.join(words)
+
+
+def options(argv: list[str]) -> tuple[Config, Callable[[], int] | None]:
+    """The run that a command line, ours or voxceleb_trainer's, describes; and for its --eval, what to do instead of training.
+
+    Prints what a translation has to say. Raises ConfigError for words that are wrong and where there is no run folder.
+    """
+    instead = None
+    if is_legacy(argv):
+        translation = translate(argv)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\n".join(translation.notes), file=sys.stderr)
+        config = translation.config
+        if translation.eval_only:
+            instead = translation.evaluate
+    else:
+        config = configuration.parse(argv)
+    if config.run_dir is None:
+        raise ConfigError("--run_dir FOLDER is missing: where checkpoints, metrics and evaluations of this run go")
+    return config, instead

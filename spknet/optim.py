@@ -24,6 +24,11 @@ def build_optimizer(config: OptimConfig, parameters) -> torch.optim.Optimizer:
     return OPTIMIZERS[config.name]([p for p in parameters if p.requires_grad], config)
 
 
+def finite_gradients(parameters) -> torch.Tensor:
+    """Whether all gradients are finite, as a bool on their device. (Norms: one pass, and no copy.)"""
+    return torch.isfinite(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))).all()
+
+
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Learning rate of the step with this number (the first is 0)."""
     if step < config.warmup_steps:

@@ -144,8 +144,11 @@ def cohort_statistics(rows: np.ndarray, cohort: np.ndarray, top: int) -> tuple[n
 def as_norm(scores, left_statistics, right_statistics, left, right) -> np.ndarray:
     """Adaptive symmetric normalisation of (n,) scores, given each side's (mean, deviation) from cohort_statistics."""
     (mean_e, deviation_e), (mean_t, deviation_t) = left_statistics, right_statistics
-    scores = np.asarray(scores, dtype=np.float64)
-    return 0.5 * ((scores - mean_e[left]) / deviation_e[left] + (scores - mean_t[right]) / deviation_t[right])
+    out = np.array(scores, dtype=np.float64)
+    for start in range(0, len(out), BLOCK):
+        s, e, t = (values[start : start + BLOCK] for values in (out, left, right))
+        s[:] = 0.5 * ((s - mean_e[e]) / deviation_e[e] + (s - mean_t[t]) / deviation_t[t])
+    return out
 
 
 def check_finite(scores: np.ndarray, trials: Trials) -> None:

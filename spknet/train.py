@@ -17,13 +17,14 @@ import os
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
 import yaml
 from tqdm import tqdm
 
-from shards.format import ShardError, atomic_write
+from shards.format import ShardError, atomic_write, remove_leftovers
 from spknet import checkpoint, distributed, evaluate, legacy, rng, run
 from spknet import config as configuration
 from spknet.batchnorm import globalize
@@ -35,7 +36,7 @@ from spknet.gather import all_reduce_sum
 from spknet.log import Meter, MetricsLog, profiler
 from spknet.losses import build_loss
 from spknet.models import build_model
-from spknet.optim import build_optimizer, learning_rate, margin
+from spknet.optim import build_optimizer, finite_gradients, learning_rate, margin
 from spknet.run import RunError, StopSignals, write_state
 from spknet.sampler import SamplerError
 from spknet.task import SpeakerTask, prepare, step_at_once, step_in_chunks, train_batchnorm
@@ -146,6 +147,7 @@ class Trainer:
         """Writes the checkpoint of this step on rank 0; every rank returns when it is durable."""
         with distributed.first_rank_only(self.me) as first:
             if first:
+                self.watchdog.saves(self.step)
                 self.log.sync()
                 best = self.best and self.best["step"]
                 checkpoint.save(self.run_dir, self.state(), self.config.train.keep_checkpoints, best)
@@ -168,7 +170,8 @@ class Trainer:
         if self.me.first:
             self.log.write({"step": self.step, "epoch": self.step / self.steps_per_epoch, "eval": result})
             self.log.add_picture("eval/det", folder / "det.png", self.step)
-            self.say(f"step {self.step}: EER {result['eer']:.2f} %, minDCF(0.01) {result['min_dcf_p01']:.3f}")
+            if "eer" in result:  # not with unlabelled lists only
+                self.say(f"step {self.step}: EER {result['eer']:.2f} %, minDCF(0.01) {result['min_dcf_p01']:.3f}")
 
     def evaluation_due(self) -> bool:
         c = self.config.eval
@@ -193,6 +196,7 @@ class Trainer:
             self.say(f"train.chunk: BatchNorm's statistics are those of {self.config.train.chunk} utterances a rank")
         meter = Meter()
         with bar, profiler(self.run_dir, self.config.train.profile and self.me.first) as trace:
+            watchdog.waits(self.step)
             while self.step < self.total_steps:
                 meter.wait_begins()
                 batch = next(batches)
@@ -211,9 +215,9 @@ class Trainer:
                     self.write_metrics(meter, bar)
                 if asked["stop"] or asked["save"] or self.step == self.total_steps or self._save_step():
                     self.seconds += meter.pause()
-                    watchdog.pause()
                     self.save()
                     meter.resume()
+                    watchdog.waits(self.step)
                 if asked["stop"]:
                     return stop.received or "a signal to another rank"
                 if self.evaluation_due():
@@ -221,6 +225,7 @@ class Trainer:
                     self.evaluate()
                     self.task.train()
                     meter.resume()
+                    watchdog.waits(self.step)
         return None
 
     def train_step(self, batch, stop: StopSignals) -> tuple[float, float, dict[str, bool]]:
@@ -237,8 +242,11 @@ class Trainer:
         else:
             loss, accuracy = step_at_once(self.parallel, inputs, self.scaler.scale)
 
+        finite = torch.isfinite(loss)
+        if not self.scaler.is_enabled():  # with float16 the scaler skips such a step
+            finite &= finite_gradients(self.task.parameters())
         due = self.me.first and time.monotonic() - self.saved_at > 60 * c.train.save_every_minutes
-        own = [loss.double(), accuracy.double(), stop.received is not None, due, ~torch.isfinite(loss)]
+        own = [loss.double(), accuracy.double(), stop.received is not None, due, ~finite]
         told = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.me.device) for x in own])
         total = all_reduce_sum(told).tolist()
         if total[4]:
@@ -256,6 +264,11 @@ class Trainer:
         names = [self.corpus.utterances.key(row) for row in batch.rows.tolist()]
         every = distributed.gather_objects((loss, names), self.me)
         bad = [rank for rank, (value, _) in enumerate(every) if not math.isfinite(value)]
+        if not bad:
+            raise NonFiniteLoss(
+                f"the gradient of step {self.step} is not finite, though its loss is ({every[0][0]:g} on rank 0); the checkpoint"
+                f" of step {self.saved_step} is kept. Lower --optim.lr, or give --optim.clip_norm"
+            )
         raise NonFiniteLoss(
             f"the loss of step {self.step} is {every[bad[0]][0]} on rank {bad[0]}; the checkpoint of step {self.saved_step} is"
             f" kept. Its utterances: {' '.join(every[bad[0]][1])}. Lower --optim.lr, or look at these recordings"
@@ -292,9 +305,9 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m spknet.train`: exit status 0 done, 75 stopped by a signal and saved, 2 a user's error, 1 any other."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        config, after = _options(argv)
-        if after is not None:
-            return after()
+        config, instead = legacy.options(argv)
+        if instead is not None:
+            return instead()
         with (
             distributed.ranks(config.train.device, config.train.threads, config.train.timeout_seconds) as me,
             StopSignals() as stop,
@@ -303,23 +316,11 @@ def main(argv: list[str] | None = None) -> int:
     except (*USER_ERRORS, NonFiniteLoss) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, NonFiniteLoss) else 2
-
-
-def _options(argv: list[str]):
-    """(Config, None), or for voxceleb_trainer's --eval (Config, what to do instead of training)."""
-    after = None
-    if legacy.is_legacy(argv):
-        translation = legacy.translate(argv)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("\n".join(translation.notes), file=sys.stderr)
-        config = translation.config
-        if translation.eval_only:
-            after = translation.evaluate
-    else:
-        config = configuration.parse(argv)
-    if config.run_dir is None:
-        raise ConfigError("--run_dir FOLDER is missing: where checkpoints, metrics and evaluations of this run go")
-    return config, after
+    except Exception:
+        # Handled here and not by the interpreter, which would keep the frames, and in them the loader's workers, until it
+        # waits for these workers at its end.
+        traceback.print_exc()
+        return 1
 
 
 def _run(config: Config, me: Ranks, stop: StopSignals) -> int:
@@ -330,6 +331,7 @@ def _run(config: Config, me: Ranks, stop: StopSignals) -> int:
             if first:
                 held.enter_context(run.owned(config.run_dir))
                 write_state(config.run_dir, "running", 0, "starting")
+                remove_leftovers(Path(config.run_dir) / "checkpoints")  # of a run killed while it saved
         try:
             trainer = _prepare(config, me)
             stopped_by = _train(trainer, me, stop)

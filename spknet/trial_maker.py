@@ -133,7 +133,7 @@ def _allowed(chosen: argparse.Namespace, speakers: list[str]) -> list[str]:
             raise TrialError(
                 f"{chosen.run} does not say which speakers it was trained on; give --exclude TRAINING_LIST"
             )
-        return [s for s in speakers if s not in trained]
+        return without(speakers, trained)
     if chosen.speakers or chosen.exclude:
         named = {line.split()[0] for _, line in open_text(chosen.speakers or chosen.exclude) if line.strip()}
         return [s for s in speakers if (s in named) == bool(chosen.speakers)]
@@ -141,6 +141,18 @@ def _allowed(chosen: argparse.Namespace, speakers: list[str]) -> list[str]:
         "which speakers may be used? Never those a network was trained on: give --run RUN (all but its training speakers),"
         " --speakers FILE, --exclude FILE, or --all_speakers"
     )
+
+
+def without(speakers: list[str], trained: list[str]) -> list[str]:
+    """Speakers that a network was not trained on.
+
+    Several data sets together call their speakers SET/SPEAKER, one alone SPEAKER. Where the two sides do it differently, a
+    speaker is left out if the name without SET is that of any training speaker.
+    """
+    if any("/" in s for s in speakers) == any("/" in s for s in trained):
+        return [s for s in speakers if s not in set(trained)]
+    last = {s.rpartition("/")[2] for s in trained}
+    return [s for s in speakers if s.rpartition("/")[2] not in last]
 
 
 def _impostors(chosen: argparse.Namespace, of: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -51,6 +51,21 @@ def test_output_gradients_and_statistics_equal_those_of_the_whole_batch(world, c
             torch.testing.assert_close(r[i], expected[i], rtol=1e-12, atol=1e-12)
 
 
+def one_row(rank, world):
+    x = torch.arange(12, dtype=torch.float64).reshape(4, 3).square()[rank::world]
+    return [t.numpy() for t in run(globalize(nn.Sequential(nn.BatchNorm1d(3, dtype=torch.float64)))[0], x, x.cos())]
+
+
+def test_one_value_a_channel_on_each_rank_is_enough():
+    x = torch.arange(12, dtype=torch.float64).reshape(4, 3).square()
+    expected = run(nn.BatchNorm1d(3, dtype=torch.float64), x, x.cos())
+    every = [list(map(torch.from_numpy, r)) for r in run_ranks(4, one_row)]
+    for i in (0, 1):
+        torch.testing.assert_close(torch.cat([r[i] for r in every]), expected[i], rtol=1e-12, atol=1e-12)
+    for i in (4, 5):
+        torch.testing.assert_close(every[0][i], expected[i], rtol=1e-12, atol=1e-12)
+
+
 def test_evaluation_is_untouched_and_names_stay():
     plain = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3))
     ours = globalize(copy.deepcopy(plain)).eval()

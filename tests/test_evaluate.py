@@ -316,6 +316,9 @@ def test_the_command_under_torchrun_writes_the_same_scores(run_dir, corpus, list
 def test_what_is_wrong_on_the_command_line_is_said_before_extraction(run_dir, corpus, lists, tmp_path, capsys):
     base = ["--checkpoint", run_dir, "--trials", lists["trials"], "--root", corpus, "--out", tmp_path / "out"]
     (tmp_path / "meta.csv").write_text("speaker,gender\nsomebody,f\n")
+    crops = tmp_path / "crops"
+    kept = ["--checkpoint", run_dir, "--score", "mean_distance", "--keep_embeddings", "--no_pictures", "--bootstrap", 0]
+    assert run(*kept, *base[2:6], "--out", crops) == 0
     for words, said in (
         (base + ["--calibrate"], "calibration is learned on development trials with labels; give --dev_trials LIST"),
         (base + ["--as_norm", 300], "AS-norm over the top 300 of a cohort of 8 speakers"),
@@ -332,6 +335,7 @@ def test_what_is_wrong_on_the_command_line_is_said_before_extraction(run_dir, co
         (base[:2] + ["--out", tmp_path / "out"], "no list to evaluate: the run names none"),
         (["--checkpoint", tmp_path / "nowhere", *base[2:]], "no such checkpoint"),
         (["--embeddings", tmp_path, *base[2:]], "holds no embeddings.npy"),
+        (["--embeddings", crops, *base[2:], "--as_norm", 3], "work on cosine scores"),
     ):
         assert run(*words) == 2
         assert said in capsys.readouterr().err

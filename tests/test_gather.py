@@ -1,9 +1,14 @@
 """The gradient through gather_rows is that of one rank with the whole batch."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from spknet import gather
+from spknet import gather, wires
 from spknet.distributed import peer_lost
 from spknet.gather import all_reduce_sum, gather_rows
 from spknet.wires import LIMIT
@@ -55,16 +60,16 @@ def test_rows_come_in_rank_order():
 
 
 def both_ways(rank, world):
-    wires, found = gather.wires, []
+    put_up, found = gather.wires, []
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64):
         for size in (1, 7, LIMIT // dtype.itemsize, LIMIT // dtype.itemsize + 1):  # the last goes to the process group
             rows = (torch.randn(size) * 100 + rank).to(dtype)
-            gather.wires = wires
+            gather.wires = put_up
             one = gather.gather_detached(rows)
             gather.wires = None
             found.append(torch.equal(one, gather.gather_detached(rows)))
-    gather.wires = wires
-    return wires is not None, found
+    gather.wires = put_up
+    return put_up is not None, found
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -86,15 +91,44 @@ def test_messages_of_the_largest_size_do_not_block():
 def one_leaves(rank, world):
     gather_rows(torch.ones(3))
     if rank == 1:
+        child = os.fork()
+        if child == 0:  # as a loader's worker does, it holds copies of the sockets and outlives them
+            time.sleep(60)
+            os._exit(0)
         gather.wires.close()
+        dist.barrier()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         return None
     try:
         for _ in range(3):
             gather_rows(torch.ones(3))
     except RuntimeError as error:
+        dist.barrier()
         return str(error), peer_lost(error)
 
 
 def test_a_rank_that_is_gone_is_named():
-    first, _ = run_ranks(2, one_leaves)
+    first, _ = run_ranks(2, one_leaves, timeout=30)
     assert first == ("rank 1 is gone: Connection closed by peer", True)
+
+
+def without_wires(rank, world):
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wires, "_machine", lambda: f"machine {rank}")
+        found.append(wires.put_up(rank, world, 10))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(wires.tempfile, "TemporaryDirectory", full_disk)
+        found.append(wires.put_up(rank, world, 10))
+    gather.wires = None
+    return found, gather_rows(torch.tensor([rank])).tolist()
+
+
+def full_disk(**_):
+    raise OSError(28, "No space left on device")
+
+
+def test_ranks_on_several_machines_or_without_sockets_use_the_process_group():
+    assert run_ranks(3, without_wires) == [([None, None], [0, 1, 2])] * 3

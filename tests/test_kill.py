@@ -87,6 +87,7 @@ def test_sigkill_at_random_moments_continues_to_the_same_bits(options, tmp_path)
     assert status.value == 0
     print(f"seed {SEED}: {kills} kills, {inside} of them inside a checkpoint")
     assert_same_run(folder, tmp_path / "whole", steps)
+    assert not [p.name for p in (folder / "checkpoints").iterdir() if not p.name.endswith(".pt")]
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(options, tmp_path, capfd):

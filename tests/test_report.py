@@ -121,6 +121,15 @@ def test_a_better_system_shows_and_the_difference_is_that_of_the_figures(tmp_pat
     assert "*" in compare.table([base, other])[2][7] and "*" not in compare.table([base, near])[2][7]
 
 
+def test_labels_that_contradict_the_names_are_not_compared(tmp_path, capsys):
+    trials = make_list(tmp_path)
+    trials.labels[:] = 1 - trials.labels
+    make_report(tmp_path / "a", trials, draw(trials, 1, 0))
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "a")]) == 2
+    said = capsys.readouterr().err
+    assert f"{len(trials)} labels contradict the speakers in the names" in said and "--utt2spk" in said
+
+
 def test_different_lists_and_broken_reports_are_refused(tmp_path, capsys):
     trials = make_list(tmp_path)
     make_report(tmp_path / "a", trials, draw(trials, 1, 0))

@@ -1,6 +1,7 @@
 """Signals to ranks, to torchrun's agent and to everything at once; lost, stalled and disagreeing ranks."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from spknet.log import read_metrics
 from spknet.run import read_state
@@ -104,8 +106,9 @@ def test_a_signal_to_a_single_process_saves_and_exits_with_75(options, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_takes_the_group_back_to_the_last_checkpoint_and_the_run_goes_on(options, tmp_path):
-    words = [*options, "--train.save_every_steps", "10", "--train.max_steps", "60"]
+@pytest.mark.parametrize("loaders", ["0", "1"])
+def test_a_killed_rank_takes_the_group_back_to_the_last_checkpoint_and_the_run_goes_on(loaders, options, tmp_path):
+    words = [*options, "--train.save_every_steps", "10", "--train.max_steps", "60", "--data.workers", loaders]
     process = torchrun(words, tmp_path / "a", extra=["--max_restarts", "2"])
     wait_for_step(tmp_path / "a", 15, process)
     os.kill(workers(process.pid)[1], signal.SIGKILL)
@@ -155,8 +158,17 @@ def _other_data(rank, _world, words, folder, original):
 
 
 @pytest.mark.slow
-def test_a_stalled_rank_is_named_by_the_others(options, tmp_path):
-    words = [*options, "--train.max_steps", "4000", "--train.timeout_seconds", "4"]
+@pytest.mark.parametrize("save_every", ["0", "1"])
+def test_a_stalled_rank_is_named_by_the_others(save_every, options, tmp_path):
+    words = [
+        *options,
+        "--train.max_steps",
+        "4000",
+        "--train.timeout_seconds",
+        "4",
+        "--train.save_every_steps",
+        save_every,
+    ]
     process = torchrun(words, tmp_path, start_new_session=True)
     try:
         wait_for_step(tmp_path, 3, process)
@@ -185,6 +197,56 @@ def test_a_loss_that_is_not_finite_stops_with_step_rank_and_utterances(options, 
     assert "the loss of step " in said and "is nan on rank 0" in said and "id000" in said
     assert read_state(tmp_path)["state"] == "failed"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002.pt"]
+
+
+def _spoilt(rank, _world, words):
+    from spknet import train
+
+    real, calls = train.step_at_once, []
+
+    def spoil(parallel, *arguments):
+        found = real(parallel, *arguments)
+        calls.append(1)
+        if len(calls) == 4 and rank == 1:
+            next(parallel.parameters()).grad.view(-1)[3] = float("inf")
+        return found
+
+    train.step_at_once = spoil
+    return train.main(words)
+
+
+def test_a_gradient_that_is_not_finite_is_not_stepped(options, tmp_path, capfd):
+    words = [*options, "--train.save_every_steps", "1", "--train.keep_checkpoints", "1", "--train.max_steps", "9"]
+    assert run_ranks(2, _spoilt, [*words, "--run_dir", str(tmp_path)], join=False) == [1, 1]
+    assert "the gradient of step 3 is not finite, though its loss is" in capfd.readouterr().err
+    assert read_state(tmp_path)["state"] == "failed"
+    state = torch.load(tmp_path / "checkpoints/step-00000003.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def _unforeseen(words, status):
+    from spknet import train
+
+    def fail(*_):
+        raise KeyError("something nobody thought of")
+
+    train.Trainer.write_metrics = fail
+    status.value = train.main(words)
+
+
+def test_an_unforeseen_error_ends_the_process_with_its_loaders(options, tmp_path, capfd):
+    context = multiprocessing.get_context("fork")
+    status = context.Value("i", -1)
+    words = [*options, "--data.workers", "2", "--train.max_steps", "50", "--run_dir", str(tmp_path)]
+    process = context.Process(target=_unforeseen, args=(words, status))
+    process.start()
+    process.join(60)
+    try:
+        assert process.exitcode == 0 and status.value == 1
+    finally:
+        process.kill()
+    assert "something nobody thought of" in capfd.readouterr().err
+    assert read_state(tmp_path)["state"] == "failed"
 
 
 def test_a_second_run_on_the_folder_stops_and_names_the_owner(options, tmp_path, capfd):

@@ -164,6 +164,16 @@ def test_a_checkpoint_folder_that_is_not_one_is_named(options, tmp_path, capfd):
     assert "none.pt: no such checkpoint" in said
 
 
+def test_an_unlabelled_list_is_scored_during_training(options, corpus, tmp_path):
+    blind = tmp_path / "blind.txt"
+    lines = (corpus / "test_list.txt").read_text().splitlines()[:6]
+    blind.write_text("".join(line.split(" ", 1)[1] + "\n" for line in lines))
+    words = [*options, "--eval.trials", str(blind), "--eval.root", str(corpus), "--train.max_steps", "1"]
+    train(1, [*words, "--run_dir", str(tmp_path / "run")])
+    scores = (tmp_path / "run/eval/step-00000001/scores.txt").read_text().splitlines()
+    assert [line.split()[1:3] for line in scores] == [line.split()[1:] for line in lines]
+
+
 def test_training_evaluates_and_keeps_the_best_checkpoint(options, corpus, tmp_path):
     words = [
         *options,

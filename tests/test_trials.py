@@ -127,6 +127,15 @@ def test_made_trials_use_only_allowed_speakers(data, capsys):
     assert "which speakers may be used? Never those a network was trained on" in capsys.readouterr().err
 
 
+def test_training_speakers_are_recognised_with_and_without_their_data_set():
+    one, several = ["id1", "id2", "id3"], ["a/id1", "a/id2", "b/id3"]
+    assert trial_maker.without(one, ["id1"]) == ["id2", "id3"]
+    assert trial_maker.without(several, ["a/id1"]) == ["a/id2", "b/id3"]
+    assert trial_maker.without(one, ["a/id1", "b/id3"]) == ["id2"]
+    assert trial_maker.without(several, ["id1", "id3"]) == ["a/id2"]
+    assert trial_maker.without(several, ["b/id1"]) == several  # another person: the sets are told apart
+
+
 def test_same_gender_impostors(data, capsys):
     csv = write(data.parent, "speaker,gender\n" + "".join(f"id{s},{'fm'[s % 2]}\n" for s in range(6)), "meta.csv")
     assert run(data, "--all_speakers", "--impostors", "same-gender", "--metadata", str(csv))[0] == 0
@@ -172,3 +181,5 @@ def test_kept_embeddings_come_back_and_a_torn_folder_is_named(tmp_path):
         kept.load(tmp_path / "kept")
     with pytest.raises(TrialError, match="holds no embeddings.npy"):
         kept.load(tmp_path)
+    kept.keep(tmp_path / "kept", e, {"step": 4})  # another network's, without a cohort: the old one does not stay
+    assert kept.load(tmp_path / "kept")[1] is None

@@ -42,9 +42,11 @@ def test_every_network_gives_equal_losses_on_1_and_2_ranks(model, encoder, optio
 
 
 @SLOW
-def test_the_full_network_gives_equal_losses_on_1_and_2_ranks(options, tmp_path):
-    words = [*options, "--model.width", "1.0", "--model.embedding_size", "512", "--train.max_steps", "6"]
-    assert losses(2, words, tmp_path / "2") == pytest.approx(losses(1, words, tmp_path / "1"), rel=1e-8)
+def test_the_full_network_gives_equal_losses_on_1_2_and_4_ranks(options, tmp_path):
+    words = [*options, "--model.width", "1.0", "--model.embedding_size", "512", "--train.max_steps", "20"]
+    one = losses(1, words, tmp_path / "1")
+    for world in (2, 4):
+        assert losses(world, words, tmp_path / str(world)) == pytest.approx(one, rel=1e-8)
 
 
 def test_any_number_of_workers_gives_the_same_bits(options, corpus, tmp_path):

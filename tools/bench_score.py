@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import resource
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -73,17 +74,32 @@ def cosine_and_as_norm(generator) -> None:
         sides = pairs(name, generator)
         fast = min(timed(functools.partial(scoring.cosine, rows, rows, *sides))[0] for _ in range(2))
         print(f"{name}, cosine: {fast:.2f} s")
-    left, right = pairs("E", generator)
     cohort = scoring.unit(generator.standard_normal((COHORT, DIMENSIONS), dtype=np.float32))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def normalised():
+    def normalised(left, right):
         statistics = scoring.cohort_statistics(rows, cohort, TOP)
         return scoring.as_norm(scoring.cosine(rows, rows, left, right), statistics, statistics, left, right)
 
-    seconds, _ = timed(normalised)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"E, AS-norm (cohort {COHORT}, top {TOP}): {seconds:.1f} s, {grown:.0f} MiB above what embeddings need")
+    for times in (1, 10):
+        sides = [np.tile(side, times) for side in pairs("E", generator)]
+        before = reset_peak()
+        seconds, scores = timed(functools.partial(normalised, *sides))
+        grown = peak() - before - 1.5 * scores.nbytes / 2**20  # the scores in float64, and the cosines in float32
+        print(
+            f"E {times} x, AS-norm (cohort {COHORT}, top {TOP}) of {len(scores):,} trials: {seconds:.1f} s,"
+            f" {grown:.0f} MiB at most above embeddings, trials and scores"
+        )
+
+
+def reset_peak() -> float:
+    """MiB that this process has in memory now; from here on `peak` counts (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> float:
+    """Most MiB that this process has had in memory since reset_peak."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def error_rates(generator) -> None:
