@@ -84,10 +84,10 @@ def cosine_and_as_norm(generator) -> None:
         sides = [np.tile(side, times) for side in pairs("E", generator)]
         before = reset_peak()
         seconds, scores = timed(functools.partial(normalised, *sides))
-        grown = peak() - before - 1.5 * scores.nbytes / 2**20  # the scores in float64, and the cosines in float32
+        grown, own = peak() - before, scores.nbytes / 2**20
         print(
-            f"E {times} x, AS-norm (cohort {COHORT}, top {TOP}) of {len(scores):,} trials: {seconds:.1f} s,"
-            f" {grown:.0f} MiB at most above embeddings, trials and scores"
+            f"E {times} x, AS-norm (cohort {COHORT}, top {TOP}) of {len(scores):,} trials: {seconds:.1f} s; {grown:.0f} MiB more at"
+            f" the peak, cosines ({own / 2:.0f}) and scores ({own:.0f}) included"
         )
 
 
