@@ -49,6 +49,8 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
 
 def wait_until_gone(job: str, seconds: float = 180) -> None:
     trials.wait_for(f"the end of job {job}", seconds, lambda: not trials.in_queue(job))
+    # What sacct says lags behind the queue.
+    trials.wait_for("sacct", 30, lambda: trials.lives(job)[-1] not in ("RUNNING", "PENDING", "COMPLETING"))
 
 
 def submitted(capsys, *words) -> tuple[int, str]:
@@ -228,6 +230,5 @@ def test_train_sbatch_does_not_requeue_a_run_that_failed(checkout):
         checkout, "--cpus-per-task=1", "slurm/train.sbatch", *run_words(run), "--data.train_list=no_such_list.txt"
     )
     wait_until_gone(job)
-    trials.wait_for("sacct", 30, lambda: trials.lives(job)[-1] != "RUNNING")
     assert trials.lives(job) == ["FAILED"] and "is 'failed'" in log_of(checkout, job)
     assert "no_such_list.txt" in read_state(run)["reason"]
