@@ -58,15 +58,30 @@ class ModelConfig:
 @dataclass(frozen=True)
 class LossConfig:
     name: str = "angleproto"  # a key of spknet.losses.LOSSES
-    margin: float = 0.2  # of amsoftmax, aamsoftmax, triplet, contrastive
-    scale: float = 30.0  # of amsoftmax, aamsoftmax
+    margin: float = 0.2  # of amsoftmax, aamsoftmax, sphereface2, triplet, contrastive
+    scale: float = 30.0  # of amsoftmax, aamsoftmax, sphereface2
     margin_warmup_steps: int = 0  # steps over which the margin grows linearly from 0
+    margin_schedule: Literal["constant", "linear", "exponential"] = "constant"  # shape over the epochs below
+    margin_start: float = 0.0  # linear, exponential: margin before margin_start_epoch
+    margin_start_epoch: float = 0.0  # linear, exponential: epochs done when the margin begins to grow
+    margin_end_epoch: float = 0.0  # linear, exponential: epochs done when it has reached `margin`
+    beyond_pi: Literal["jump", "continuous"] = "jump"  # aamsoftmax, theta + m > pi: cos - m sin m, or cos - 1 + cos m
+    sub_centers: int = 1  # amsoftmax, aamsoftmax: centres of a class, of which the nearest counts; 1 or more
+    top_k: int = 0  # amsoftmax, aamsoftmax: hardest other classes of an utterance that are penalised; 0 for none
+    top_k_margin: float = 0.06  # by how much they come nearer at margin 0.2 (else in proportion), radians
+    margin_type: Literal["C", "A"] = "C"  # sphereface2: margin on the curved cosine, or on the angle
+    curve: float = 3.0  # sphereface2: exponent t of the curved cosine 2 ((cos + 1) / 2)^t - 1
+    positive_weight: float = 0.7  # sphereface2: lambda, weight of the right class against all others; 0 to 1
+    temperature: float = 0.1  # supcon: cosines are divided by it; above 0
     normalize_embeddings: bool = False  # length-normalise embeddings before ge2e, angleproto, proto
     hard_rank: int = 10  # triplet, contrastive: negatives come from the hard_rank + 1 nearest; below 0: semi-hard
     hard_prob: float = 0.5  # probability of such a hard negative; any other speaker otherwise
     semi_hard_fallback: Literal["any", "skip"] = "any"  # where none is semi-hard: any other, or no triplet
     cosine_floor: float | None = None  # ge2e: floor of cosines (voxceleb_trainer: 1e-6); a flaw, for comparison only
     n_classes: int | None = None  # classes of a classification head; None: as many as the data has labels
+    sharded: bool | Literal["auto"] = "auto"  # cut the head over the ranks; auto: from 2^24 weights on
+    shards: int = 64  # sharded: pieces of the head, whatever the number of ranks; a power of 2
+    sample: float = 1.0  # sharded: share of the other classes that a step compares with; above 0, 1 for all
 
 
 @dataclass(frozen=True)
@@ -74,12 +89,17 @@ class OptimConfig:
     name: Literal["adam", "adamw", "sgd"] = "adam"
     lr: float = 0.001  # peak learning rate
     weight_decay: float = 0.0
+    head_weight_decay: float | None = None  # of the loss's parameters; None: weight_decay
     momentum: float = 0.9  # of sgd
-    schedule: Literal["constant", "step", "cosine"] = "step"  # shape over the steps of the run
+    nesterov: bool = False  # of sgd
+    lr_batch: int = 0  # utterances of the global batch that lr is meant for: the rate is lr * N * M / lr_batch; 0: lr
+    schedule: Literal["constant", "step", "cosine", "exponential", "warmup_cosine"] = "step"  # over the run's steps
     lr_decay: float = 0.95  # step: factor
     lr_decay_epochs: int = 10  # step: epochs between two factors
     warmup_steps: int = 0  # steps of linear growth from 0
-    final_lr_fraction: float = 0.01  # cosine: lr at the last step, as a fraction of lr
+    warmup_epochs: float = 0.0  # the same in epochs; one of the two
+    warm_from_zero: bool = True  # exponential: warm up from 0, or from the rate of lr_batch utterances
+    final_lr_fraction: float = 0.01  # cosine, exponential, warmup_cosine: lr at the end, as a fraction of lr
     clip_norm: float = 0.0  # largest norm of the gradient; 0 for no limit
 
 

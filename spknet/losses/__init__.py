@@ -1,4 +1,4 @@
-"""The losses by name; see spknet.losses.base for a call, classification and metric for the formulas.
+"""The losses by name; see spknet.losses.base for a call, classification, sphereface2 and metric for the formulas.
 
 loss = build_loss(LossConfig(name="angleproto"), embedding_size=512, n_classes=5994, utterances_per_speaker=2)
 """
@@ -11,20 +11,32 @@ import warnings
 from spknet.config import ConfigError, LossConfig
 from spknet.losses.base import Loss
 from spknet.losses.classification import AAMSoftmax, AMSoftmax, Softmax
-from spknet.losses.metric import GE2E, AngularPrototypical, Contrastive, Prototypical, SoftmaxPrototypical, Triplet
+from spknet.losses.metric import (
+    GE2E,
+    AngularPrototypical,
+    Contrastive,
+    Prototypical,
+    SoftmaxPrototypical,
+    SupervisedContrastive,
+    Triplet,
+)
+from spknet.losses.sphereface2 import SphereFace2
 
 LOSSES: dict[str, type[Loss]] = {
     "softmax": Softmax,
     "amsoftmax": AMSoftmax,
     "aamsoftmax": AAMSoftmax,
+    "sphereface2": SphereFace2,
     "ge2e": GE2E,
     "proto": Prototypical,
     "angleproto": AngularPrototypical,
     "softmaxproto": SoftmaxPrototypical,
     "triplet": Triplet,
     "contrastive": Contrastive,
+    "supcon": SupervisedContrastive,
 }
-CLASSIFIERS = ("softmax", "amsoftmax", "aamsoftmax", "softmaxproto")  # those with a weight vector for each class
+# Those with a weight vector for each class.
+CLASSIFIERS = ("softmax", "amsoftmax", "aamsoftmax", "sphereface2", "softmaxproto")
 
 
 def build_loss(config: LossConfig, embedding_size: int, n_classes: int, utterances_per_speaker: int) -> Loss:
@@ -39,6 +51,7 @@ def build_loss(config: LossConfig, embedding_size: int, n_classes: int, utteranc
         raise ConfigError(f"loss.name {config.name}: no such loss; {hint}losses: {', '.join(LOSSES)}")
     kind = LOSSES[config.name]
     _check_utterances(config.name, kind, utterances_per_speaker)
+    _check_values(config)
     if config.name not in CLASSIFIERS:
         return kind(config)
     return kind(config, embedding_size, _classes(config, n_classes))
@@ -48,6 +61,26 @@ def _check_utterances(name: str, kind: type[Loss], m: int) -> None:
     if m < kind.fewest or (kind.most is not None and m > kind.most):
         fits = f"exactly {kind.most}" if kind.most == kind.fewest else f"{kind.fewest} or more"
         raise ConfigError(f"data.utterances_per_speaker {m}: {name} takes {fits} utterances of each speaker in a batch")
+
+
+def _check_values(config: LossConfig) -> None:
+    first, last = config.margin_start_epoch, config.margin_end_epoch
+    checks = {
+        "sub_centers": (config.sub_centers >= 1, "1 or more"),
+        "top_k": (config.top_k >= 0, "0 or more"),
+        "temperature": (config.temperature > 0, "a number above 0"),
+        "curve": (config.curve > 0, "a number above 0"),
+        "positive_weight": (0 <= config.positive_weight <= 1, "a number from 0 to 1"),
+        "margin_end_epoch": (
+            config.margin_schedule == "constant" or last > first,
+            f"more than {first:g}, the start epoch",
+        ),
+        "shards": (config.shards >= 1 and config.shards & (config.shards - 1) == 0, "a power of 2, such as 64"),
+        "sample": (0 < config.sample <= 1, "a share above 0, up to 1"),
+    }
+    for name, (good, expected) in checks.items():
+        if not good:
+            raise ConfigError(f"loss.{name} {getattr(config, name)}: expected {expected}")
 
 
 def _classes(config: LossConfig, found: int) -> int:
