@@ -21,7 +21,8 @@ import torch
 
 from shards.format import atomic_write
 from spknet import config as configuration
-from spknet.config import Config, ModelConfig
+from spknet.config import Config, ModelConfig, flatten
+from spknet.errors import UserError
 
 FORMAT = "spknet checkpoint 1"
 
@@ -33,7 +34,7 @@ MAY_CHANGE = re.compile(
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written, read or continued from; the message says what to do."""
 
 
@@ -119,14 +120,6 @@ def changed_options(old: dict[str, Any], new: Config) -> list[str]:
         for key in after
         if before[key] != after[key] and not MAY_CHANGE.fullmatch(key)
     ]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as one dict of `group.key`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def check_resume(state: dict[str, Any], path: Path, config: Config, fingerprint: str) -> None:
