@@ -11,7 +11,7 @@ from torch import nn
 
 from spknet.config import ConfigError, ModelConfig
 from spknet.models.rawnet3 import RawNet3
-from spknet.models.resnet import ResNetSE34, ResNetSE34L, ResNetSE34V2
+from spknet.models.resnet_se import ResNetSE34, ResNetSE34L, ResNetSE34V2
 from spknet.models.vggvox import VGGVox
 
 MODELS: dict[str, type[nn.Module]] = {
