@@ -15,6 +15,19 @@ from typing import Any, Literal
 
 RECIPES = Path(__file__).parent / "recipes"
 
+# encoder, embedding_size and n_mels of a network, where they are not given: what it was published with, by the beginning of
+# its name. Networks that stand in no row: SAP, 512, 40.
+PUBLISHED = {
+    "ResNetSE": ("SAP", 512, 40),
+    "ResNet": ("TSTP", 256, 80),
+    "Res2Net": ("TSTP", 256, 80),
+    "DF-ResNet": ("TSTP", 256, 80),
+    "SimAM-ResNet": ("ASP", 256, 80),
+    "ECAPA": ("ASTP-GLOB", 192, 80),
+    "CAM++": ("TSTP", 512, 80),
+    "ERes2NetV2": ("TSTP", 192, 80),
+}
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -45,14 +58,23 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "ResNetSE34L"  # a key of spknet.models.MODELS
-    encoder: str = "SAP"  # pooling over time: SAP, TAP, MAX, ASP, ECA
-    embedding_size: int = 512  # dimensions
-    n_mels: int = 40  # mel bands
+    encoder: str | None = None  # pooling over time: a key of spknet.models.pooling.POOLINGS; None: as published
+    embedding_size: int | None = None  # dimensions; None: as published
+    n_mels: int | None = None  # mel bands; None: as published
     log_input: bool = True  # logarithm of the mel energies
     window: Literal["auto", "hamming", "hann"] = "auto"  # auto: as voxceleb_trainer's network of that name
     input_scale: Literal["unit", "int16"] = "unit"  # what the network is given: [-1, 1] or -32768..32767
     width: float = 1.0  # factor on the number of channels
     sinc_stride: int = 10  # RawNet3: stride of the learned filter bank, samples
+    variant: str = "auto"  # whose version of the network, e.g. wespeaker, 3dspeaker, speechbrain; auto: its first
+    two_emb_layer: bool | None = None  # ResNet: a second layer after the first; None: as in the variant
+
+    def __post_init__(self):
+        names = [name for name in PUBLISHED if self.name.startswith(name)]
+        published = PUBLISHED[names[0]] if names else ("SAP", 512, 40)
+        for option, value in zip(("encoder", "embedding_size", "n_mels"), published):
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, value)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from spknet.config import ConfigError, ModelConfig
 from spknet.models.rawnet3 import RawNet3
+from spknet.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152, ResNet221, ResNet293
 from spknet.models.resnet_se import ResNetSE34, ResNetSE34L, ResNetSE34V2
 from spknet.models.vggvox import VGGVox
 
@@ -21,11 +22,18 @@ MODELS: dict[str, type[nn.Module]] = {
     "VGGVox": VGGVox,
     "VGGVox40": VGGVox,
     "RawNet3": RawNet3,
+    "ResNet18": ResNet18,
+    "ResNet34": ResNet34,
+    "ResNet50": ResNet50,
+    "ResNet101": ResNet101,
+    "ResNet152": ResNet152,
+    "ResNet221": ResNet221,
+    "ResNet293": ResNet293,
 }
 
 
 def build_model(config: ModelConfig, sample_rate: int = 16000) -> nn.Module:
-    """The network of a configuration, in training mode. ConfigError where name, encoder or n_mels do not fit."""
+    """The network of a configuration, in training mode. ConfigError where name, encoder, variant or n_mels do not fit."""
     if config.name not in MODELS:
         near = difflib.get_close_matches(config.name, MODELS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
