@@ -78,6 +78,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class FeaturesConfig:
+    name: Literal["auto", "log_mel", "spectrum", "kaldi", "speechbrain", "tfmel", "redimnet"] = (
+        "auto"  # auto: as published
+    )
+    window: Literal["auto", "hamming", "povey"] = "auto"  # of kaldi; auto: as the network's variant was published
+    scale: Literal["auto", "unit", "int16"] = "auto"  # of kaldi: [-1, 1] or -32768..32767; auto: as published
+    dither: float = 0.0  # deviation of the noise added to training crops, 16-bit steps (WeSpeaker: 1)
+    hop_ms: float | None = None  # step from frame to frame, ms; None: 10, of redimnet 15
+    remove_mean: bool = True  # each band minus its mean over the utterance
+    normalize_wave: bool | None = None  # each wave minus its mean, over its deviation; None: tfmel yes, redimnet no
+
+
+@dataclass(frozen=True)
 class LossConfig:
     name: str = "angleproto"  # a key of spknet.losses.LOSSES
     margin: float = 0.2  # of amsoftmax, aamsoftmax, triplet, contrastive
@@ -157,6 +170,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

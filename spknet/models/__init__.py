@@ -9,7 +9,7 @@ import difflib
 
 from torch import nn
 
-from spknet.config import ConfigError, ModelConfig
+from spknet.config import ConfigError, FeaturesConfig, ModelConfig
 from spknet.models.rawnet3 import RawNet3
 from spknet.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152, ResNet221, ResNet293
 from spknet.models.resnet_se import ResNetSE34, ResNetSE34L, ResNetSE34V2
@@ -32,8 +32,11 @@ MODELS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_model(config: ModelConfig, sample_rate: int = 16000) -> nn.Module:
-    """The network of a configuration, in training mode. ConfigError where name, encoder, variant or n_mels do not fit."""
+def build_model(config: ModelConfig, sample_rate: int = 16000, features: FeaturesConfig | None = None) -> nn.Module:
+    """The network of a configuration, in training mode; its attribute sample_rate is what it wants to be given, Hz.
+
+    features: the front end; None: as published. ConfigError where name, encoder, variant, n_mels or front end do not fit.
+    """
     if config.name not in MODELS:
         near = difflib.get_close_matches(config.name, MODELS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -43,4 +46,6 @@ def build_model(config: ModelConfig, sample_rate: int = 16000) -> nn.Module:
         raise ConfigError(
             f"model.encoder {config.encoder}: {config.name} has no such encoder; it takes {', '.join(network.encoders)}"
         )
-    return network(config, sample_rate)
+    built = network(config, sample_rate, features)
+    built.sample_rate = sample_rate
+    return built
