@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from spknet.config import ConfigError, ModelConfig
-from spknet.features import Spectrum
+from spknet.models.features import Spectrum
 from spknet.models.pooling import POOLINGS, fewest_frames
 
 
@@ -46,7 +46,7 @@ def build_features(config: ModelConfig, sample_rate: int) -> nn.Module:
 class Network(nn.Module):
     """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size).
 
-    masks (batch, 4, 2): SpecAugment, see spknet.features.apply_masks. Raises ConfigError for a variant it does not have.
+    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks. Raises ConfigError for a variant it does not have.
     """
 
     encoders: tuple[str, ...] = tuple(POOLINGS)
