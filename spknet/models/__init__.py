@@ -10,9 +10,15 @@ import difflib
 from torch import nn
 
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
+from spknet.models.campplus import CAMPlusPlus
+from spknet.models.dfresnet import DFResNet60, DFResNet114, DFResNet183, DFResNet237
+from spknet.models.ecapa import ECAPA512, ECAPA1024
+from spknet.models.eres2netv2 import ERes2NetV2
 from spknet.models.rawnet3 import RawNet3
+from spknet.models.res2net import Res2Net34
 from spknet.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152, ResNet221, ResNet293
 from spknet.models.resnet_se import ResNetSE34, ResNetSE34L, ResNetSE34V2
+from spknet.models.simam import SimAMResNet34, SimAMResNet100
 from spknet.models.vggvox import VGGVox
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -29,6 +35,17 @@ MODELS: dict[str, type[nn.Module]] = {
     "ResNet152": ResNet152,
     "ResNet221": ResNet221,
     "ResNet293": ResNet293,
+    "Res2Net34": Res2Net34,
+    "ERes2NetV2": ERes2NetV2,
+    "SimAM-ResNet34": SimAMResNet34,
+    "SimAM-ResNet100": SimAMResNet100,
+    "DF-ResNet60": DFResNet60,
+    "DF-ResNet114": DFResNet114,
+    "DF-ResNet183": DFResNet183,
+    "DF-ResNet237": DFResNet237,
+    "ECAPA-512": ECAPA512,
+    "ECAPA-1024": ECAPA1024,
+    "CAM++": CAMPlusPlus,
 }
 
 

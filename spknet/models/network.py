@@ -11,10 +11,10 @@
         def frames(self, x):                                # (batch, bands, frames) -> (batch, channels, frames)
             ...
 
-        def head(self, x):                                  # (batch, channels, frames) -> (batch, embedding_size)
+        def embed_frames(self, x):                                  # (batch, channels, frames) -> (batch, embedding_size)
             return self.seg_1(self.pool(x))
 
-The body `frames` runs in the autocast's precision, the head in its parameters': statistics in bfloat16 lose what they measure.
+`frames` runs in the precision of the autocast, `embed_frames` in its parameters': statistics in bfloat16 lose what they measure.
 
 Frames. A pooling that needs a deviation needs two frames, so a network that strides time by s needs s + 1 frames of features
 (ResNet34: 9). Fewer are repeated from the first on until there are enough. Batches hold utterances of one length: training
@@ -72,7 +72,7 @@ class Network(nn.Module):
         """(batch, bands, frames) -> (batch, channels, frames), in the autocast's precision."""
         raise NotImplementedError
 
-    def head(self, x: Tensor) -> Tensor:
+    def embed_frames(self, x: Tensor) -> Tensor:
         """(batch, channels, frames) -> (batch, embedding_size), in the precision of the parameters."""
         raise NotImplementedError
 
@@ -97,7 +97,7 @@ class Network(nn.Module):
         x = self.frames(x) if lengths is None else self.frames(x, lengths)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(next(self.parameters()).dtype)
-            return self.head(x) if lengths is None else self.head(x, lengths)
+            return self.embed_frames(x) if lengths is None else self.embed_frames(x, lengths)
 
     def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """An official checkpoint's entries under our names; a 1x1 convolution that is a linear layer here is reshaped."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 # Names, and how many outputs each makes of a channel.
-POOLINGS = {"TSTP": 2, "TAP": 1, "MAX": 1, "TSDP": 1, "SAP": 1, "ASP": 2, "ASTP": 2, "ASTP-GLOB": 2, "MQMHA": 4}
+POOLINGS = {"SAP": 1, "TAP": 1, "MAX": 1, "ASP": 2, "TSTP": 2, "TSDP": 1, "ASTP": 2, "ASTP-GLOB": 2, "MQMHA": 4}
 QUERIES = 2  # of MQMHA: two outputs each
 
 
@@ -179,14 +179,19 @@ class MultiHead(nn.Module):
 
 
 class Head(nn.Module):
-    """Encoder and last layer, in the precision of their parameters: (batch, channels, frames) -> (batch, embedding_size)."""
+    """Encoder and last layer, in the precision of their parameters: (batch, channels, frames) -> (batch, embedding_size).
 
-    def __init__(self, encoder: nn.Module, channels: int, embedding_size: int):
+    A single frame is doubled where the encoder needs `fewest` = 2: its deviation is then that of the floor.
+    """
+
+    def __init__(self, encoder: nn.Module, channels: int, embedding_size: int, fewest: int = 1):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.fewest = encoder, fewest
         self.fc = nn.Linear(channels, embedding_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] < self.fewest:
+            x = x.repeat(1, 1, self.fewest)
         with torch.autocast(x.device.type, enabled=False):
             return self.fc(self.encoder(x.to(self.fc.weight.dtype)))
 
@@ -217,4 +222,4 @@ def fewest_frames(encoder: str) -> int:
 def build_head(encoder: str, channels: int, embedding_size: int, *, per_channel: bool = False) -> Head:
     """The head of a convolutional network of 2020; `per_channel` as in build_pooling."""
     pool = build_pooling(encoder, channels, per_channel=per_channel)
-    return Head(pool, POOLINGS[encoder] * channels, embedding_size)
+    return Head(pool, POOLINGS[encoder] * channels, embedding_size, fewest_frames(encoder))

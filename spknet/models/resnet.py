@@ -110,7 +110,7 @@ class ResidualNetwork(Network):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.flatten(1, 2)
 
-    def head(self, x: Tensor) -> Tensor:
+    def embed_frames(self, x: Tensor) -> Tensor:
         return self.seg_1(self.pool(x))
 
 
@@ -126,8 +126,8 @@ class ResNet(ResidualNetwork):
         self.seg_bn_1 = nn.BatchNorm1d(config.embedding_size, affine=False) if two else None
         self.seg_2 = nn.Linear(config.embedding_size, config.embedding_size) if two else None
 
-    def head(self, x: Tensor) -> Tensor:
-        x = super().head(x)
+    def embed_frames(self, x: Tensor) -> Tensor:
+        x = super().embed_frames(x)
         return x if self.seg_2 is None else self.seg_2(self.seg_bn_1(x.relu()))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spknet.config import FeaturesConfig, ModelConfig
 from spknet.models.front_ends import build_features
-from spknet.models.pooling import build_head
+from spknet.models.pooling import POOLINGS, build_head
 
 BLOCKS = (3, 4, 6, 3)
 
@@ -84,7 +84,7 @@ class ResNetSE(nn.Module):
     masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks.
     """
 
-    encoders = ("SAP", "TAP", "MAX", "ASP")
+    encoders = tuple(POOLINGS)
     layout: Layout
 
     def __init__(self, config: ModelConfig, sample_rate: int = 16000, features: FeaturesConfig | None = None):
