@@ -26,6 +26,8 @@ PUBLISHED = {
     "ECAPA": ("ASTP-GLOB", 192, 80),
     "CAM++": ("TSTP", 512, 80),
     "ERes2NetV2": ("TSTP", 192, 80),
+    "ReDimNet-B0": ("ASTP-GLOB", 192, 60),
+    "ReDimNet": ("ASTP-GLOB", 192, 72),
 }
 
 
@@ -68,6 +70,7 @@ class ModelConfig:
     sinc_stride: int = 10  # RawNet3: stride of the learned filter bank, samples
     variant: str = "auto"  # whose version of the network, e.g. wespeaker, 3dspeaker, speechbrain; auto: its first
     two_emb_layer: bool | None = None  # ResNet: a second layer after the first; None: as in the variant
+    agg_gnorm: bool = False  # ReDimNet2: group norms where maps are summed; its recipes have them since July 2026
 
     def __post_init__(self):
         names = [name for name in PUBLISHED if self.name.startswith(name)]

@@ -15,6 +15,7 @@ from spknet.models.dfresnet import DFResNet60, DFResNet114, DFResNet183, DFResNe
 from spknet.models.ecapa import ECAPA512, ECAPA1024
 from spknet.models.eres2netv2 import ERes2NetV2
 from spknet.models.rawnet3 import RawNet3
+from spknet.models.redimnet import LAYOUTS, ReDimNet, ReDimNet2
 from spknet.models.res2net import Res2Net34
 from spknet.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152, ResNet221, ResNet293
 from spknet.models.resnet_se import ResNetSE34, ResNetSE34L, ResNetSE34V2
@@ -46,6 +47,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "ECAPA-512": ECAPA512,
     "ECAPA-1024": ECAPA1024,
     "CAM++": CAMPlusPlus,
+    **{name: ReDimNet2 if name.startswith("ReDimNet2") else ReDimNet for name in LAYOUTS},
 }
 
 
