@@ -20,6 +20,21 @@ from spknet.errors import UserError
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+# encoder, embedding_size and n_mels of a network, where they are not given: what it was published with, by the beginning of
+# its name. Networks that stand in no row: SAP, 512, 40.
+PUBLISHED = {
+    "ResNetSE": ("SAP", 512, 40),
+    "ResNet": ("TSTP", 256, 80),
+    "Res2Net": ("TSTP", 256, 80),
+    "DF-ResNet": ("TSTP", 256, 80),
+    "SimAM-ResNet": ("ASP", 256, 80),
+    "ECAPA": ("ASTP-GLOB", 192, 80),
+    "CAM++": ("TSTP", 512, 80),
+    "ERes2NetV2": ("TSTP", 192, 80),
+    "ReDimNet-B0": ("ASTP-GLOB", 192, 60),
+    "ReDimNet": ("ASTP-GLOB", 192, 72),
+}
+
 
 def option(default: Any, about: str, **bounds: float):
     """A field with its default, its meaning (unit included) and pydantic's bounds: ge, gt, le, lt."""
@@ -70,9 +85,9 @@ class ModelConfig:
     """The network."""
 
     name: str = option("ResNetSE34L", "network; `spknet info` lists them")
-    encoder: str = option("SAP", "pooling over time: SAP, TAP, MAX, ASP, ECA")
-    embedding_size: int = option(512, "dimensions of an embedding", ge=1)
-    n_mels: int = option(40, "mel bands of the features", ge=1, le=1024)
+    encoder: str | None = option(None, "pooling over time, a key of spknet.models.pooling.POOLINGS; null: as published")
+    embedding_size: int | None = option(None, "dimensions of an embedding; null: as published", ge=1)
+    n_mels: int | None = option(None, "mel bands of the features; null: as published", ge=1, le=1024)
     log_input: bool = option(True, "logarithm of the mel energies")
     window: Literal["auto", "hamming", "hann"] = option(
         "auto", "analysis window; auto: as voxceleb_trainer's network of that name"
@@ -80,6 +95,43 @@ class ModelConfig:
     input_scale: Literal["unit", "int16"] = option("unit", "what the network is given: [-1, 1] or -32768..32767")
     width: float = option(1.0, "factor on the number of channels", gt=0)
     sinc_stride: int = option(10, "RawNet3: stride of the learned filter bank, samples", ge=1)
+    variant: str = option(
+        "auto", "whose version of the network, e.g. wespeaker, 3dspeaker, speechbrain; auto: its first"
+    )
+    two_emb_layer: bool | None = option(None, "ResNet: a second layer after the first; null: as in the variant")
+    agg_gnorm: bool = option(
+        False, "ReDimNet2: group norms where maps are summed; its recipes have them since July 2026"
+    )
+
+    def __post_init__(self):
+        names = [name for name in PUBLISHED if self.name.startswith(name)]
+        published = PUBLISHED[names[0]] if names else ("SAP", 512, 40)
+        for name, value in zip(("encoder", "embedding_size", "n_mels"), published):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, config=STRICT)
+class FeaturesConfig:
+    """What the network sees of a wave."""
+
+    name: Literal["auto", "log_mel", "spectrum", "kaldi", "speechbrain", "tfmel", "redimnet"] = option(
+        "auto", "front end; auto: as the network was published"
+    )
+    window: Literal["auto", "hamming", "povey"] = option(
+        "auto", "kaldi: analysis window; auto: as the network's variant was published"
+    )
+    scale: Literal["auto", "unit", "int16"] = option(
+        "auto", "kaldi: samples in [-1, 1] or -32768..32767; auto: as published"
+    )
+    dither: float = option(
+        0.0, "deviation of the noise added to training crops, steps of 16-bit samples (WeSpeaker: 1)", ge=0
+    )
+    hop_ms: float | None = option(None, "step from frame to frame, ms; null: 10, of redimnet 15", gt=0)
+    remove_mean: bool = option(True, "each band minus its mean over the utterance")
+    normalize_wave: bool | None = option(
+        None, "each wave minus its mean, over its deviation; null: tfmel yes, redimnet no"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -222,6 +274,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -173,7 +173,7 @@ def load_network(path: str | Path, device: str | torch.device = "cpu", model: Mo
         state = read(path)
     if isinstance(state, dict) and state.get("format") == FORMAT:
         config = configuration.from_dict(state["config"])
-        network = build_model(config.model)
+        network = build_model(config.model, state.get("sample_rate", 16000), config.features)
         network.load_state_dict(state["model"])
     else:
         from spknet.train import voxceleb_trainer as legacy

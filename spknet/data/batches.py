@@ -20,6 +20,7 @@ import torch
 from shards.reader import Utterances, open_files, open_shards
 from spknet import rng
 from spknet.config import Config, ConfigError, DataConfig
+from spknet.data import dither
 from spknet.data.augment import Augmenter
 from spknet.data.sampler import Sampler
 from spknet.parallel.ranks import Ranks
@@ -147,7 +148,11 @@ class Steps(torch.utils.data.Dataset):
     """Step number (global) -> Batch of one rank."""
 
     def __init__(self, config: Config, corpus: Corpus, me: Ranks):
-        self.corpus, self.seed = corpus, config.train.seed
+        self.corpus, self.seed, self.dither = corpus, config.train.seed, config.features.dither
+        if not 0 <= self.dither < 1000:
+            raise ConfigError(
+                f"features.dither={self.dither}: expected 0 to 1000 steps of a 16-bit integer; usual is 1"
+            )
         n, world = config.data.speakers_per_batch, me.world_size
         if n % world:
             raise ConfigError(
@@ -172,6 +177,9 @@ class Steps(torch.utils.data.Dataset):
         utterances.read_batch(flat, starts, crops.numpy())
         speakers = np.searchsorted(utterances.speaker_rows, rows[:, 0], side="right") - 1
         draws = np.stack([rng.uniform(self.seed, epoch, f"loss {i}", slots[:, 0]) for i in range(2)], axis=1)
+        augment = self.augmenter.read(epoch, slots.reshape(-1))
+        if self.dither:
+            augment["dither"] = dither.keys(self.seed, epoch, slots.reshape(-1))
         return Batch(
             step=step,
             crops=crops,
@@ -179,7 +187,7 @@ class Steps(torch.utils.data.Dataset):
             rows=flat,
             slots=slots.reshape(-1),
             draws=draws,
-            augment=self.augmenter.read(epoch, slots.reshape(-1)),
+            augment=augment,
         )
 
     def _buffer(self, step: int, shape: tuple[int, int]) -> torch.Tensor:

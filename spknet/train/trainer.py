@@ -55,7 +55,7 @@ class Trainer:
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         self.samples = round(config.data.crop_seconds * self.corpus.utterances.sample_rate)
-        model = build_model(config.model, self.corpus.utterances.sample_rate)
+        model = build_model(config.model, self.corpus.utterances.sample_rate, config.features)
         loss = build_loss(
             config.loss, config.model.embedding_size, self.corpus.n_classes, config.data.utterances_per_speaker
         )
@@ -229,7 +229,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.task.loss.margin = margin(c.loss, self.step, self.steps_per_epoch)
-        inputs = prepare(batch, self.samples, self.dtype, self.me.device)
+        inputs = prepare(batch, self.samples, self.dtype, self.me.device, c.features.dither)
         self.optimizer.zero_grad(set_to_none=True)
         if c.train.chunk:
             loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, c.train.chunk, self.me)
