@@ -35,11 +35,42 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    noise_shards: str | None = None  # noise, music and babble, packed with the category as the speaker
+    noise_shards: str | None = None  # noise, music and speech, packed with the category as the speaker
     rir_shards: str | None = None  # room impulse responses, packed the same way
-    probability: float = 0.6  # probability that an utterance gets noise or reverberation, where such shards are given
-    speed: list[float] = field(default_factory=list)  # playing speeds drawn from, e.g. [0.9, 1.0, 1.1]; empty for none
-    spec_augment: bool = False  # mask 2 frequency bands and 2 time spans of each crop's features
+    # What options left at null take: see spknet/data/presets.py. none: one of the kinds that the shards offer, equally likely
+    preset: Literal["none", "kaldi", "wespeaker", "redimnet2", "voxceleb_trainer"] = "none"
+    probability: float | None = None  # probability that an utterance gets noise or reverberation (none: 0.6)
+    reverb: float | None = None  # share of these with reverberation alone, 0 to 1
+    both: float | None = None  # share of these with reverberation and noise on top, 0 to 1
+    noise: float | None = None  # weights of what is added, at least 0: noise,
+    music: float | None = None  # music,
+    talker: float | None = None  # one talker,
+    babble: float | None = None  # several talkers
+    by_recording: bool | None = None  # multiply the weights by the number of recordings: every file equally likely
+    noise_snr: list[float] | None = None  # dB: [lowest, highest] of a range, or more than two values to choose from
+    music_snr: list[float] | None = None  # the same
+    talker_snr: list[float] | None = None  # the same
+    babble_snr: list[float] | None = None  # the same; of the sum, or of each talker
+    talkers: list[int] | None = None  # recordings in a babble, [fewest, most]
+    talkers_apart: bool | None = None  # each talker of a babble at an SNR of its own
+    power_floor: float | None = None  # added to the mean squares of speech and noise when the SNR is set (full scale 1)
+    rir: Literal["aligned", "unit_energy"] | None = None  # aligned: direct sound in place, level kept; or energy 1, as it is
+    level: Literal["kept", "power", "peak"] | None = None  # of the augmented: as mixed, the power of before, or peak 1
+    gain_db: list[float] | None = None  # random gain of every utterance, dB, [lowest, highest]; never beyond full scale
+    rir_seconds: float = 1.0  # of an impulse response used
+    lowpass: float = 0.0  # probability of a low-pass filter, 0 to 1
+    lowpass_hz: list[float] = field(default_factory=lambda: [2000.0, 7000.0])  # its cut-off, [lowest, highest]
+    telephone: float = 0.0  # probability of a telephone band: 8 kHz, 300 to 3400 Hz, G.711, 0 to 1
+    telephone_law: Literal["mu", "a", "both"] = "both"  # of G.711; both: equally likely
+    dither: float = 0.0  # standard deviation of white noise on every utterance, in steps of 16-bit samples
+    speed: list[float] = field(default_factory=list)  # playing speeds drawn from, e.g. [1.0, 0.9, 1.1]; empty for none
+    speed_labels: bool = False  # each speed is a speaker of its own: class = speaker + S * index in augment.speed
+    spec_augment: bool = False  # mask frequency bands and time spans of each crop's features
+    spec_probability: float = 1.0  # of an utterance to be masked, 0 to 1
+    frequency_masks: int = 2  # bands
+    frequency_width: float = 0.2  # largest width of a band, as a fraction of the axis
+    time_masks: int = 2  # spans
+    time_width: float = 0.1  # largest width of a span, as a fraction of the crop
 
 
 @dataclass(frozen=True)

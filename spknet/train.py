@@ -55,7 +55,7 @@ class Trainer:
 
     def __init__(self, config: Config, me: Ranks):
         self.config, self.me, self.run_dir = config, me, Path(config.run_dir)
-        self.corpus = Corpus.open(config.data, config.train.seed)
+        self.corpus = Corpus.open(config.data, config.train.seed, config.augment)
         distributed.agree({"the training data": self.corpus.fingerprint()}, me)
         evaluate.check(config)
         self.steps_per_epoch = self.corpus.sampler.steps
