@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from spknet.config import Config, ConfigError, parse
-from spknet.run import write_json
+from spknet.train.run_folder import write_json
 
 SINFO_SECONDS = 30  # a client that cannot reach its controller tries for a minute or more
 

@@ -54,7 +54,9 @@ class AugmentConfig:
     talkers: list[int] | None = None  # recordings in a babble, [fewest, most]
     talkers_apart: bool | None = None  # each talker of a babble at an SNR of its own
     power_floor: float | None = None  # added to the mean squares of speech and noise when the SNR is set (full scale 1)
-    rir: Literal["aligned", "unit_energy"] | None = None  # aligned: direct sound in place, level kept; or energy 1, as it is
+    rir: Literal["aligned", "unit_energy"] | None = (
+        None  # aligned: direct sound in place, level kept; or energy 1, as it is
+    )
     level: Literal["kept", "power", "peak"] | None = None  # of the augmented: as mixed, the power of before, or peak 1
     gain_db: list[float] | None = None  # random gain of every utterance, dB, [lowest, highest]; never beyond full scale
     rir_seconds: float = 1.0  # of an impulse response used

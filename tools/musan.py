@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from shards.format import ShardError, atomic_write, remove_leftovers
 from shards.pack import pack
-from tools.download import Access, DownloadError, fetch_all
-from tools.extract import ArchiveError, check_members, name_problem
-from tools.voxceleb_files import read_checksums
+from tools.voxceleb.download import Access, DownloadError, fetch_all
+from tools.voxceleb.extract import ArchiveError, check_members, name_problem
+from tools.voxceleb.files import read_checksums
 
 MUSAN, MUSAN_MD5 = "musan.tar.gz", "0c472d4fc0c5141eca47ad1ffeb2a7df"
 RIRS, RIRS_MD5 = "rirs_noises.zip", "e6f48e257286e05de56413b4779d8ffb"

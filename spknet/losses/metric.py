@@ -6,7 +6,7 @@
     triplet      mean max(0, |a - p|^2 - |a - n|^2 + m)
     contrastive  mean over pairs of |a - p|^2 and max(0, m - |a - n|)^2
 
-A row block scores this rank's anchors against the columns of every rank (spknet.gather). triplet and contrastive
+A row block scores this rank's anchors against the columns of every rank (spknet.parallel.gather). triplet and contrastive
 length-normalise; the anchor is utterance 0, the positive utterance 1, the negative n another speaker's utterance 1, mined in
 the global batch: with probability hard_prob one of the hard_rank + 1 nearest, else any other; hard_rank < 0: one of those
 farther than the positive by less than the margin ("semi-hard", Schroff et al., 2015). Distances are |a - b + 1e-6|, as in
@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spknet import gather
 from spknet.config import LossConfig
 from spknet.losses.base import Loss, cross_entropy
 from spknet.losses.classification import Softmax
+from spknet.parallel import gather
 
 EPS = 1e-6
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spknet.config import ModelConfig
-from spknet.features import INT16, PRE_EMPHASIS, apply_masks, pre_emphasis
+from spknet.models.features import INT16, PRE_EMPHASIS, apply_masks, pre_emphasis
 from spknet.models.pooling import ChannelAttention, Head
 
 TAPS = 251
@@ -72,7 +72,7 @@ class SincFilters(nn.Module):
 
 
 class FilterBank(nn.Module):
-    """waves (batch, samples) -> normalised log magnitudes (batch, channels, frames); masks as in spknet.features."""
+    """waves (batch, samples) -> normalised log magnitudes (batch, channels, frames); masks as in spknet.models.features."""
 
     def __init__(self, channels: int, stride: int, sample_rate: int, input_scale: str):
         super().__init__()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spknet.config import ModelConfig
-from spknet.features import Spectrum
+from spknet.models.features import Spectrum
 from spknet.models.pooling import build_head
 
 BLOCKS = (3, 4, 6, 3)
@@ -81,7 +81,7 @@ class Block(nn.Module):
 class ResNetSE(nn.Module):
     """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size); the layout is the subclass's.
 
-    masks (batch, 4, 2): SpecAugment, see spknet.features.apply_masks.
+    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks.
     """
 
     encoders = ("SAP", "TAP", "MAX", "ASP")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from spknet.config import ConfigError, ModelConfig
-from spknet.features import Spectrum
+from spknet.models.features import Spectrum
 from spknet.models.pooling import build_head
 
 MELS = 40
@@ -22,7 +22,7 @@ FEWEST_FRAMES = 63  # three poolings leave one frame of these
 class VGGVox(nn.Module):
     """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size). Its analysis window is Hann by default.
 
-    masks (batch, 4, 2): SpecAugment, see spknet.features.apply_masks. Crops of less than 0.62 s are repeated. Raises ConfigError for other than 40 mel bands.
+    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks. Crops of less than 0.62 s are repeated. Raises ConfigError for other than 40 mel bands.
     """
 
     encoders = ("SAP", "TAP", "MAX", "ASP")
