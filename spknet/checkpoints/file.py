@@ -129,13 +129,23 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _changed_data(old: str, new: str) -> list[str]:
+    """What differs between two fingerprints of `Corpus.fingerprint`: audio, settings of the batches, noise."""
+    before, after = (old + "--").split("-")[:3], (new + "--").split("-")[:3]
+    changed = []
+    if before[:2] != after[:2]:
+        changed.append("the training data (or N, M, the cap or the seed of the batches)")
+    if before[2] != after[2]:
+        changed.append("the noise data or impulse responses of augment.noise_shards and augment.rir_shards")
+    return changed
+
+
 def check_resume(state: dict[str, Any], path: Path, config: Config, fingerprint: str) -> None:
     """Raises CheckpointError naming the options or the data that changed since the checkpoint."""
     if config.train.resume_override:
         return
     changed = changed_options(state["config"], config)
-    if state["data_fingerprint"] != fingerprint:
-        changed.append("the training data (or N, M, the cap or the seed of the batches)")
+    changed += _changed_data(state["data_fingerprint"], fingerprint)
     if changed:
         raise CheckpointError(
             f"{path} was made with other settings: {'; '.join(changed)}. Undo that, give another --run_dir, or continue"

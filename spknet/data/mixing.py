@@ -40,19 +40,19 @@ def mix(crops: torch.Tensor, augment: dict[str, torch.Tensor], samples: int, dty
     if "speed" in augment:
         waves = _change_speed(waves, augment, samples)
     before = waves = waves[:, :samples]
-    if "rir" in augment and len(augment["rir"]):
+    if len(augment.get("rir", ())):
         reverberate = _reverberate if how.rir == "aligned" else _convolve_unit_energy
         waves = waves.index_copy(0, augment["rir_of"], reverberate(waves[augment["rir_of"]], augment["rir"].to(dtype)))
-    if "noise" in augment and len(augment["noise"]):
+    if len(augment.get("noise", ())):
         waves = _add_noise(waves, augment, how)
     if "augmented" in augment:
         waves = torch.where(augment["augmented"][:, None], _levelled(waves, before, how.level), waves)
     if "gain_db" in augment:
         waves = _gain(waves, augment["gain_db"].to(dtype))
-    if "lowpass_of" in augment:
+    if len(augment.get("lowpass_of", ())):
         these = augment["lowpass_of"]
         waves = waves.index_copy(0, these, low_pass(waves[these], augment["lowpass_hz"].to(dtype) / how.rate))
-    if "telephone_of" in augment:
+    if len(augment.get("telephone_of", ())):
         these = augment["telephone_of"]
         waves = waves.index_copy(0, these, telephone(waves[these], augment["telephone_law"], how.rate))
     if "dither_start" in augment:
@@ -107,7 +107,7 @@ def _gain(waves: torch.Tensor, gain_db: torch.Tensor) -> torch.Tensor:
 def _change_speed(waves: torch.Tensor, augment: dict[str, torch.Tensor], samples: int) -> torch.Tensor:
     out = waves[:, :samples].clone()
     for name, these in augment.items():
-        if name.startswith("speed_of_"):
+        if name.startswith("speed_of_") and len(these):
             changed = resampler(int(name.removeprefix("speed_of_")), 100, waves.dtype, waves.device)(waves[these])
             out[these] = changed[:, :samples]
     return out

@@ -187,3 +187,7 @@ def test_half_a_batch_is_mixed_as_in_the_whole_batch(noise_and_rir):
     mixed = mix(crops, whole, SAMPLES, torch.float64)
     half = as_tensors(augmenter.read(1, np.arange(60, N)))
     torch.testing.assert_close(mix(crops[60:], half, SAMPLES, torch.float64), mixed[60:], rtol=1e-9, atol=1e-12)
+    for i in range(20):  # and alone, where most of what is drawn for others is empty
+        one = as_tensors(augmenter.read(1, np.array([i])))
+        alone = mix(crops[i : i + 1], one, SAMPLES, torch.float64)
+        torch.testing.assert_close(alone, mixed[i : i + 1], rtol=1e-9, atol=1e-12)
