@@ -18,12 +18,13 @@ import time
 from pathlib import Path
 
 from spknet.config import Config, ConfigError, parse
+from spknet.errors import UserError
 from spknet.train.run_folder import write_json
 
 SINFO_SECONDS = 30  # a client that cannot reach its controller tries for a minute or more
 
 
-class SubmitError(ValueError):
+class SubmitError(UserError):
     """The run cannot be submitted; the message says what to change."""
 
 

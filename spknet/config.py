@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from spknet.errors import UserError
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -175,7 +177,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """An option that does not exist or does not fit; the message says what would."""
 
 

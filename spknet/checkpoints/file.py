@@ -22,6 +22,7 @@ import torch
 from shards.format import atomic_write
 from spknet import config as configuration
 from spknet.config import Config, ModelConfig
+from spknet.errors import UserError
 
 FORMAT = "spknet checkpoint 1"
 
@@ -33,7 +34,7 @@ MAY_CHANGE = re.compile(
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written, read or continued from; the message says what to do."""
 
 
