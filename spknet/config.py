@@ -128,6 +128,8 @@ class TrainConfig:
     sync_batchnorm: bool = True  # BatchNorm statistics of the global batch
     deterministic: bool = False  # deterministic kernels on the GPU; the CPU is bit-exact without
     seed: int = 0
+    average_epochs: int = 0  # also keep the mean of the weights at the ends of the last so many epochs; 0: none
+    ema: float = 0.0  # also keep the exponential moving average of the weights; decay of a step, 0 to 1; 0: none
     chunk: int = 0  # utterances a rank embeds at a time (GradCache, exact gradient); 0: all at once
     save_every_steps: int = 0  # 0: by time only
     save_every_minutes: float = 15.0
@@ -155,6 +157,7 @@ class EvalConfig:
     padding: Literal["repeat", "zeros"] = "repeat"  # of utterances shorter than crop_seconds; zeros: on both sides
     metrics: Literal["default", "voxceleb_trainer"] = "default"  # arithmetic of EER and minDCF
     scores: str | None = None  # a file that scores are also written to
+    weights: Literal["averaged", "trained"] = "averaged"  # averaged where the run averages (train.average_epochs, ema)
     batch_seconds: float = 60.0  # audio embedded in one forward pass
 
 
