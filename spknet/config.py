@@ -247,6 +247,8 @@ def _parser():
     parser = Parser(prog="python -m spknet.train", description=__doc__, env_prefix="SPKNET", default_env=False)
     parser.add_argument("--config", action="config", help="a recipe's name or a YAML file")
     parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+    # The default instance has the values of its own network filled in; they must not reach another one.
+    parser.set_defaults({f"model.{f.name}": f.default for f in dataclasses.fields(ModelConfig)})
     return parser
 
 
