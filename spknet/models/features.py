@@ -48,18 +48,19 @@ def pre_emphasis(waves: Tensor, taps: Tensor) -> Tensor:
 def apply_masks(features: Tensor, masks: Tensor | None) -> Tensor:
     """Sets masked bands and frames to 0, the mean of normalised features.
 
-    features: (batch, bands, frames); masks: (batch, 4, 2), the fractions [start, end) of two bands and two time spans.
+    features: (batch, bands, frames); masks: (batch, 2 K, 2), the fractions [start, end) of K bands, then of K time spans.
     """
     if masks is None:
         return features
 
     def outside(spans: Tensor, n: int) -> Tensor:
         centres = (torch.arange(n, device=features.device, dtype=masks.dtype) + 0.5) / n
-        inside = (centres >= spans[:, :, :1]) & (centres < spans[:, :, 1:])  # (batch, 2, n)
+        inside = (centres >= spans[:, :, :1]) & (centres < spans[:, :, 1:])  # (batch, K, n)
         return ~inside.any(dim=1)
 
     _, bands, frames = features.shape
-    keep = outside(masks[:, :2], bands)[:, :, None] & outside(masks[:, 2:], frames)[:, None, :]
+    half = masks.shape[1] // 2
+    keep = outside(masks[:, :half], bands)[:, :, None] & outside(masks[:, half:], frames)[:, None, :]
     return features * keep.to(features.dtype)
 
 

@@ -160,7 +160,7 @@ def losses(world, words, folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_of_5_adam_steps_are_equal_on_1_and_2_ranks_with_dither(family, options, tmp_path):
     words = [*options, *FAMILIES[family].split(), "--train.max_steps", "5"]
-    noisy = [*words, "--features.dither", "20"]
+    noisy = [*words, "--augment.dither", "1"]
     one = losses(1, noisy, tmp_path / "1")
     assert len(set(one)) == 5 and losses(2, noisy, tmp_path / "2") == pytest.approx(one, rel=1e-8)
     assert losses(1, words, tmp_path / "silent")[0] != one[0]
@@ -176,13 +176,13 @@ def test_bfloat16_and_channels_last_stay_near_float32_over_20_steps(family, opti
 
 def gradients(rank, world, words, chunk):
     """Gradient of the first step's global loss with frozen statistics, at once or in chunks."""
-    from spknet import config
+    from spknet import options as configuration
     from spknet.data.batches import loader
     from spknet.parallel import ranks as distributed
     from spknet.train.step import prepare, step_at_once, step_in_chunks
     from spknet.train.trainer import Trainer
 
-    c = config.parse(words)
+    c = configuration.parse(words)
     me = distributed.Ranks(rank, world, rank, world)
     trainer = Trainer(c, me)
     trainer.task.eval()
