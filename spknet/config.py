@@ -50,6 +50,12 @@ class DataConfig:
     train_shards: str | list[str] | None = option(None, "packed data set (folder made by shards.pack), or several")
     train_list: str | None = option(None, "loose files instead: lines `speaker path`")
     train_root: str | None = option(None, "folder that the paths in train_list start from")
+    sample_rate: int | None = option(
+        None,
+        "Hz of the training data, and from then on of the network; null: of packed data theirs, of loose files 16000",
+        ge=2000,
+        le=192000,
+    )
     speakers_per_batch: int = option(40, "N, distinct speakers of one global batch, over all ranks together", ge=2)
     utterances_per_speaker: int = option(2, "M, crops of each speaker in a batch", ge=1)
     crop_seconds: float = option(2.0, "length of a training crop, seconds", gt=0, le=3600)

@@ -52,12 +52,13 @@ class Trainer:
         self.config, self.me, self.run_dir = config, me, Path(config.run_dir)
         self.corpus = Corpus.open(config.data, config.train.seed, config.augment)
         distributed.agree({"the training data": self.corpus.fingerprint()}, me)
-        evaluate.check(config)
+        self.sample_rate = self.corpus.utterances.sample_rate
+        evaluate.check(config, sample_rate=self.sample_rate)
         self.steps_per_epoch = self.corpus.sampler.steps
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
-        self.samples = round(config.data.crop_seconds * self.corpus.utterances.sample_rate)
-        model = build_model(config.model, self.corpus.utterances.sample_rate, config.features)
+        self.samples = round(config.data.crop_seconds * self.sample_rate)
+        model = build_model(config.model, self.sample_rate, config.features)
         loss = build_loss(
             config.loss, config.model.embedding_size, self.corpus.n_classes, config.data.utterances_per_speaker
         )
@@ -119,6 +120,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
             "config": configuration.to_dict(self.config),
+            "sample_rate": self.sample_rate,
             "model": self.task.model.state_dict(),
             "loss": self.task.loss.state_dict(),
             "averaging": self.averaging.state(),
