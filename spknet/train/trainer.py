@@ -25,6 +25,7 @@ from spknet.checkpoints import voxceleb_trainer
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches
 from spknet.data.corpus import Corpus
+from spknet.evaluate import evaluation
 from spknet.losses import build_loss
 from spknet.messages import say, warn
 from spknet.models import build_model
@@ -61,10 +62,12 @@ class Trainer:
         with together("opening the data"):
             self.corpus = Corpus.open(config.data, config.train.seed, config.augment)
         agree({"the training data": self.corpus.fingerprint()})
+        self.sample_rate = self.corpus.utterances.sample_rate
+        on_first("reading the trial lists", self._check_lists, share=False)
         self.steps_per_epoch = self.corpus.sampler.steps
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
-        self.samples = round(config.data.crop_seconds * self.corpus.utterances.sample_rate)
+        self.samples = round(config.data.crop_seconds * self.sample_rate)
         with together("building the network"):
             self._build()
         self.step = 0  # optimizer steps done
@@ -72,9 +75,12 @@ class Trainer:
         self.best: dict | None = None  # {"step", "dev_eer"}
         self.seconds = 0.0  # of training, evaluation and saving apart
 
+    def _check_lists(self) -> None:
+        evaluation.check(self.config, sample_rate=self.sample_rate)
+
     def _build(self) -> None:
         c, per_speaker = self.config, self.config.data.utterances_per_speaker
-        model = build_model(c.model, self.corpus.utterances.sample_rate, c.features)
+        model = build_model(c.model, self.sample_rate, c.features)
         loss = build_loss(c.loss, c.model.embedding_size, self.corpus.n_classes, per_speaker)
         rng.initialize(model, c.train.seed)
         rng.initialize(loss, c.train.seed)
@@ -128,6 +134,7 @@ class Trainer:
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
             "config": configuration.to_dict(self.config),
+            "sample_rate": self.sample_rate,
             "model": self.task.model.state_dict(),
             "loss": self.task.loss.state_dict(),
             "averaging": self.averaging.state(),
@@ -155,7 +162,7 @@ class Trainer:
         with Batches(self.config, self.corpus, self.me, self.step, self.total_steps) as batches:
             for batch in side.watched(batches):
                 self._set_rates()
-                inputs = prepare(batch, self.samples, self.dtype, self.me.device, self.config.features.dither)
+                inputs = prepare(batch, self.samples, self.dtype, self.me.device)
                 self.gradients.clear()
                 if c.chunk:
                     loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, self.gradients, c.chunk)
