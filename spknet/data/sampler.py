@@ -22,9 +22,10 @@ import hashlib
 import numpy as np
 
 from spknet import rng
+from spknet.errors import UserError
 
 
-class SamplerError(ValueError):
+class SamplerError(UserError):
     """The data cannot give such a batch; the message says what could."""
 
 

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spknet.errors import UserError
+
 QUALITIES = ("duration", "magnitude")
 
 
-class CalibrationError(ValueError):
+class CalibrationError(UserError):
     """The development trials cannot calibrate; the message says why."""
 
 

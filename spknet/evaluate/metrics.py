@@ -21,11 +21,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spknet.errors import UserError
+
 PRIORS = {"p01": 0.01, "p05": 0.05}  # target priors of the reported detection costs
 UNRELIABLE = 10  # fewer false alarms than this at a minimum: the figure rests on a handful of trials
 
 
-class MetricError(ValueError):
+class MetricError(UserError):
     """Scores or labels that error rates cannot be computed from; the message says why."""
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from spknet.errors import UserError
 from spknet.evaluate.trials import TrialError, Trials
 
 BLOCK = 4096  # trials of one block of cosines
@@ -26,7 +27,7 @@ PAIRS = 256  # trials of one block of crop distances
 COHORT_BLOCK = 512  # utterances that meet the cohort at a time
 
 
-class ScoringError(ValueError):
+class ScoringError(UserError):
     """Scores cannot be computed as asked; the message says what would work."""
 
 

@@ -19,12 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
+from spknet.errors import UserError
+
 KALDI = {"target": 1, "nontarget": 0}
 VOXCELEB = {"1": 1, "0": 0}
 FORMATS = "`0|1 utterance utterance`, `utterance utterance target|nontarget` or `utterance utterance`"
 
 
-class TrialError(ValueError):
+class TrialError(UserError):
     """A list cannot be used; the message names the list, the line, what was found and what was expected."""
 
 

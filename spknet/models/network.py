@@ -32,15 +32,9 @@ import re
 import torch
 from torch import Tensor, nn
 
-from spknet.config import ConfigError, ModelConfig
-from spknet.models.features import Spectrum
+from spknet.config import ConfigError, FeaturesConfig, ModelConfig
+from spknet.models.front_ends import build_features
 from spknet.models.pooling import POOLINGS, fewest_frames
-
-
-def build_features(config: ModelConfig, sample_rate: int) -> nn.Module:
-    """The front end: features(waves, masks) -> (batch, bands, frames), with attributes `bands` and `hop` (samples)."""
-    window = "hamming" if config.window == "auto" else config.window
-    return Spectrum(sample_rate, config.n_mels, window=window, log=config.log_input, input_scale=config.input_scale)
 
 
 class Network(nn.Module):
@@ -56,14 +50,14 @@ class Network(nn.Module):
     takes_lengths = False
     norm_after_pooling = False  # a BatchNorm sees one value a channel and utterance: training wants two utterances
 
-    def __init__(self, config: ModelConfig, sample_rate: int = 16000):
+    def __init__(self, config: ModelConfig, sample_rate: int = 16000, features: FeaturesConfig | None = None):
         super().__init__()
         self.variant = self.variants[0] if config.variant == "auto" else config.variant
         if self.variant not in self.variants:
             raise ConfigError(
                 f"model.variant {config.variant}: {config.name} has no such variant; it has {', '.join(self.variants)}"
             )
-        self.features = build_features(config, sample_rate)
+        self.features = build_features(config, sample_rate, features, self.variant)
         self.bands = self.features.bands
         self.fewest_frames = (
             self.time_stride * (fewest_frames(config.encoder) - 1) + 1

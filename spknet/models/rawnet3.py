@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spknet.config import ModelConfig
+from spknet.config import ConfigError, FeaturesConfig, ModelConfig
 from spknet.models.features import INT16, PRE_EMPHASIS, apply_masks, pre_emphasis
 from spknet.models.pooling import POOLINGS, ChannelAttention, Head, build_pooling
 
@@ -142,8 +142,10 @@ class RawNet3(nn.Module):
 
     encoders = ("ECA", "ASP", "TAP", "MAX", "TSTP", "TSDP", "ASTP", "ASTP-GLOB", "MQMHA")
 
-    def __init__(self, config: ModelConfig, sample_rate: int = 16000):
+    def __init__(self, config: ModelConfig, sample_rate: int = 16000, features: FeaturesConfig | None = None):
         super().__init__()
+        if features and features.name != "auto":
+            raise ConfigError(f"features.name {features.name}: RawNet3 learns its filters from waves; give auto")
         channels = 32 * max(1, round(32 * config.width))
         wide = channels * 3 // 2
         self.features = FilterBank(channels // 4, config.sinc_stride, sample_rate, config.input_scale)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spknet.config import ModelConfig
-from spknet.models.features import Spectrum
+from spknet.config import FeaturesConfig, ModelConfig
+from spknet.models.front_ends import build_features
 from spknet.models.pooling import POOLINGS, build_head
 
 BLOCKS = (3, 4, 6, 3)
@@ -87,16 +87,12 @@ class ResNetSE(nn.Module):
     encoders = tuple(POOLINGS)
     layout: Layout
 
-    def __init__(self, config: ModelConfig, sample_rate: int = 16000):
+    def __init__(self, config: ModelConfig, sample_rate: int = 16000, features: FeaturesConfig | None = None):
         super().__init__()
         layout = self.layout
-        self.features = Spectrum(
-            sample_rate,
-            config.n_mels if layout.mel else 0,
-            window=layout.window if config.window == "auto" else config.window,
-            log=config.log_input,
-            emphasis=layout.emphasis,
-            input_scale=config.input_scale,
+        published = "2020" if layout.mel else "2020 spectrum"
+        self.features = build_features(
+            config, sample_rate, features, published, window=layout.window, emphasis=layout.emphasis
         )
         channels = [max(8, round(c * config.width)) for c in layout.channels]
         self.stem = Conv2d(

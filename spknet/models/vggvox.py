@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from spknet.config import ConfigError, ModelConfig
-from spknet.models.features import Spectrum
+from spknet.config import ConfigError, FeaturesConfig, ModelConfig
+from spknet.models.front_ends import build_features
 from spknet.models.pooling import POOLINGS, build_head
 
 MELS = 40
@@ -28,14 +28,13 @@ class VGGVox(nn.Module):
 
     encoders = tuple(POOLINGS)
 
-    def __init__(self, config: ModelConfig, sample_rate: int = 16000):
+    def __init__(self, config: ModelConfig, sample_rate: int = 16000, features: FeaturesConfig | None = None):
         super().__init__()
         if config.n_mels != MELS:
             raise ConfigError(
                 f"model.n_mels {config.n_mels}: {config.name} takes {MELS}, its last kernel spans 4 bands"
             )
-        window = "hann" if config.window == "auto" else config.window
-        self.features = Spectrum(sample_rate, MELS, window=window, log=config.log_input, input_scale=config.input_scale)
+        self.features = build_features(config, sample_rate, features, "2020", window="hann")
 
         def stage(inputs: int, outputs: int, kernel: tuple, stride: tuple = (1, 1), padding: tuple = (1, 1)) -> list:
             conv = nn.Conv2d(inputs, outputs, kernel, stride, padding)

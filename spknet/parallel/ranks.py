@@ -22,11 +22,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from spknet.errors import UserError
 from spknet.parallel import gather
 from spknet.parallel.wires import put_up
 
 
-class RankError(RuntimeError):
+class RankError(UserError):
     """Ranks do not fit together, or one of them was lost; the message names it."""
 
 

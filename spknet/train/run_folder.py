@@ -26,13 +26,14 @@ from importlib import metadata
 from pathlib import Path
 
 from shards.format import atomic_write
+from spknet.errors import UserError
 
 HEARTBEAT_SECONDS = 10
 STALE_SECONDS = 35  # without a heartbeat an owner on another machine counts as dead
-PACKAGES = ("spknet", "torch", "torchaudio", "numpy", "soundfile", "webdataset", "jsonargparse")
+PACKAGES = ("spknet", "torch", "torchaudio", "numpy", "soundfile", "webdataset", "pydantic")
 
 
-class RunError(RuntimeError):
+class RunError(UserError):
     """The run folder cannot be used; the message says why and what to do."""
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from shards.errors import UserError
 from shards.format import atomic_write
 
 PIECE = 1 << 20  # bytes
@@ -37,7 +38,7 @@ LONGEST_PAUSE = 60.0  # seconds
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers after which another try makes sense
 
 
-class DownloadError(Exception):
+class DownloadError(UserError):
     """What was found, what was expected, what to do. Never holds a secret."""
 
 

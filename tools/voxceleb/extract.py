@@ -28,6 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from shards.errors import UserError
 from shards.format import atomic_write, remove_leftovers
 from tools.voxceleb.download import md5_of, receipt, write_receipt
 
@@ -37,7 +38,7 @@ LARGEST_RATIO = 100  # unpacked to packed bytes of a whole archive; deflate reac
 BATCH = 16  # files for one ffmpeg: starting it takes ten times as long as decoding an utterance
 
 
-class ArchiveError(Exception):
+class ArchiveError(UserError):
     """What was found, what was expected, what to do."""
 
 
