@@ -40,6 +40,14 @@ class Loss(nn.Module, ABC):
     def compute(self, x: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """(value, accuracy), as above; x is in float32 or float64."""
 
+    def shards(self) -> list[nn.Parameter]:
+        """Parameters that this rank alone has (spknet.losses.sharded): not among parameters(), for DDP averages those."""
+        return []
+
+    def squared_gradient(self) -> Tensor | None:
+        """Sum of squares of the gradients of all ranks' shards, the same on every rank; None where there are none."""
+        return None
+
     def clamp_(self) -> None:
         """Puts parameters back into their range."""
 

@@ -26,6 +26,7 @@ import math
 import torch
 
 from spknet.config import ConfigError, LossConfig, OptimConfig
+from spknet.losses.base import Loss
 
 
 def _sgd(groups, c: OptimConfig) -> torch.optim.Optimizer:
@@ -63,6 +64,20 @@ def build_optimizer(config: OptimConfig, parameters, head=(), shards=()) -> torc
 def finite_gradients(parameters) -> torch.Tensor:
     """Whether all gradients are finite, as a bool on their device. (Norms: one pass, and no copy.)"""
     return torch.isfinite(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))).all()
+
+
+def clip_gradients(parameters, loss: Loss, limit: float) -> torch.Tensor:
+    """Scales all gradients so that their norm is at most `limit`; returns the norm before.
+
+    parameters: those that every rank has. With a head in pieces, the norm is that of all ranks' pieces too.
+    """
+    parameters, squared = list(parameters), loss.squared_gradient()
+    if squared is None:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    shared = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = (shared.double().square() + squared).sqrt()
+    torch.nn.utils.clip_grads_with_norm_([*parameters, *loss.shards()], limit, norm)
+    return norm
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int, utterances: int = 0) -> float:
