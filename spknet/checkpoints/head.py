@@ -1,0 +1,165 @@
+"""A head in pieces on disk: rows in class order, written and read by every rank for itself, whatever their number.
+
+    RUN/checkpoints/step-00001200.pt        all else, and under "head" the list of the files below (spknet.checkpoints.file)
+    RUN/checkpoints/step-00001200/rows-000000000-000015625.pt = {"first", "last": classes, "per_class": rows of a class,
+        "values": {"weight": (rows, D), "bias": (classes,)}, "moments": {"weight": {"exp_avg": (rows, D), "step": ()}}}
+    RUN/checkpoints/step-00001200/index.json                 the same list, for people
+
+A file is a piece of the head, so that its name and content do not depend on the ranks. Files are whole or absent, and
+the .pt is written when all of them are durable: a checkpoint without its .pt does not exist. A run with other ranks, other
+pieces or other speakers reads those rows that it wants. The speakers' names and labels stand in the .pt.
+
+    index = write(path, head, optimizer, me)  # every rank; rank 0 then writes path
+    load(head, optimizer, source_of(path, state))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shards.format import atomic_write
+from spknet.checkpoints.file import CheckpointError, folder_of, read
+from spknet.losses.sharded import Piece, Sharded
+from spknet.parallel import ranks as distributed
+from spknet.parallel.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of classes [first, last) are to be had; content() reads them, as above."""
+
+    first: int
+    last: int
+    content: Callable[[], dict[str, Any]]
+
+
+def write(path: Path, head: Sharded, optimizer: torch.optim.Optimizer, me: Ranks) -> dict[str, Any]:
+    """Writes this rank's pieces beside `path` and returns the index of all ranks' pieces.
+
+    Every rank calls it. Raises CheckpointError on every rank where one cannot write.
+    """
+    folder = folder_of(path)
+    told: list | str
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        told = [_write_piece(folder, head, piece, optimizer) for piece in head.pieces]
+    except (OSError, RuntimeError) as error:
+        told = (
+            f"rank {me.rank} cannot write {folder}: {error}; earlier checkpoints are intact: make room and start again"
+        )
+    every = distributed.gather_objects(told, me)
+    failed = [text for text in every if isinstance(text, str)]
+    if failed:
+        raise CheckpointError(failed[0])
+    index = {"classes": head.n_classes, "per_class": head.rule.centers, "files": sum(every, [])}
+    if me.first:
+        with atomic_write(folder / "index.json") as file:
+            file.write(json.dumps(index, indent=1).encode() + b"\n")
+    return index
+
+
+def _write_piece(folder: Path, head: Sharded, piece: Piece, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    values = {"weight": piece.weight} | ({} if piece.bias is None else {"bias": piece.bias})
+    name = f"rows-{piece.first:09d}-{piece.last:09d}.pt"
+    content = {
+        "first": piece.first,
+        "last": piece.last,
+        "per_class": head.rule.centers,
+        "values": {key: value.detach() for key, value in values.items()},
+        "moments": {key: dict(optimizer.state.get(value, {})) for key, value in values.items()},
+    }
+    with atomic_write(folder / name) as file:
+        torch.save(content, file)
+    return {"first": piece.first, "last": piece.last, "name": name, "bytes": os.stat(folder / name).st_size}
+
+
+def source_of(path: Path, state: dict[str, Any]) -> list[Rows]:
+    """The rows that a checkpoint with a head in pieces holds."""
+
+    def reader(name: str) -> Callable[[], dict[str, Any]]:
+        return lambda: read(folder_of(path) / name)
+
+    return [Rows(entry["first"], entry["last"], reader(entry["name"])) for entry in state["head"]["files"]]
+
+
+def load(head: Sharded, optimizer: torch.optim.Optimizer | None, source: list[Rows], classes=None) -> int:
+    """Fills this rank's pieces, and the optimizer's moments where one is given, from a checkpoint's rows.
+
+    classes: (n_classes,) the class in the checkpoint of each class here, -1 for none; None: the same. Rows of such classes
+    stay as they are, with moments of 0. Returns how many of this rank's classes were read. Raises CheckpointError where rows do not fit.
+    """
+    classes = np.arange(head.n_classes) if classes is None else np.asarray(classes)
+    wanted = [(piece, classes[piece.first : piece.last]) for piece in head.pieces]
+    count = 0
+    for rows in source:
+        inside = [(piece, np.flatnonzero((old >= rows.first) & (old < rows.last)), old) for piece, old in wanted]
+        inside = [(piece, here, old[here] - rows.first) for piece, here, old in inside if len(here)]
+        content = rows.content() if inside else None
+        for piece, here, there in inside:
+            _check(content, head, piece)
+            for key, parameter in (("weight", piece.weight), ("bias", piece.bias)):
+                if parameter is not None:
+                    per_class = head.rule.centers if key == "weight" else 1
+                    _fill(parameter, key, content, optimizer, _rows(here, per_class), _rows(there, per_class))
+            count += len(here)
+    return count
+
+
+def _check(content: dict[str, Any], head: Sharded, piece: Piece) -> None:
+    weight, biased = content["values"]["weight"], "bias" in content["values"]
+    theirs = (weight.shape[1], content["per_class"], biased)
+    ours = (piece.weight.shape[1], head.rule.centers, piece.bias is not None)
+    if theirs != ours:
+        names = ("embedding_size", "sub_centers", "a bias")
+        found = ", ".join(f"{name} {a}, expected {b}" for name, a, b in zip(names, theirs, ours) if a != b)
+        raise CheckpointError(f"the head of the checkpoint has {found}; give the options it was trained with")
+
+
+def _rows(classes: np.ndarray, per_class: int) -> torch.Tensor:
+    return torch.from_numpy((classes[:, None] * per_class + np.arange(per_class)).reshape(-1))
+
+
+@torch.no_grad()
+def _fill(parameter, key: str, content: dict, optimizer, here: torch.Tensor, there: torch.Tensor) -> None:
+    place = here.to(parameter.device)
+
+    def put(values: torch.Tensor, theirs: torch.Tensor) -> None:
+        values[place] = theirs[there].to(values)
+
+    put(parameter, content["values"][key])
+    for name, value in content["moments"].get(key, {}).items() if optimizer is not None else ():
+        state = optimizer.state[parameter]
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            state[name] = value
+            continue
+        if name not in state:
+            state[name] = torch.zeros_like(parameter)
+        put(state[name], value)
+
+
+def dense_source(state: dict[str, Any], n_network: int, per_class: int) -> tuple[list[Rows], dict, dict]:
+    """A checkpoint with a whole head as rows; and its "loss" and "optimizer" without the head.
+
+    n_network: trained parameters of the network, which stand before the head's in the optimizer.
+    """
+    names = [name for name in ("weight", "bias") if name in state["loss"]]
+    values = {name: state["loss"][name] for name in names}
+    optimizer = {"state": dict(state["optimizer"]["state"]), "param_groups": []}
+    moments = {name: optimizer["state"].pop(n_network + k, {}) for k, name in enumerate(names)}
+    gone = range(n_network, n_network + len(names))
+    optimizer["state"] = {k if k < gone.start else k - len(gone): v for k, v in optimizer["state"].items()}
+    for group in state["optimizer"]["param_groups"]:
+        kept = [k if k < gone.start else k - len(gone) for k in group["params"] if k not in gone]
+        if kept:
+            optimizer["param_groups"].append({**group, "params": kept})
+    content = {"per_class": per_class, "values": values, "moments": moments}
+    loss = {f"rule.{name}": value for name, value in state["loss"].items() if name not in names}
+    return [Rows(0, len(values["weight"]) // per_class, lambda: content)], loss, optimizer
