@@ -20,15 +20,27 @@ from spknet.errors import UserError
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+# encoder, embedding_size and n_mels of a network, where they are not given: what it was published with, by the beginning of
+# its name. Networks that stand in no row: SAP, 512, 40.
+PUBLISHED = {
+    "ResNetSE": ("SAP", 512, 40),
+    "ResNet": ("TSTP", 256, 80),
+    "Res2Net": ("TSTP", 256, 80),
+    "DF-ResNet": ("TSTP", 256, 80),
+    "SimAM-ResNet": ("ASP", 256, 80),
+    "ECAPA": ("ASTP-GLOB", 192, 80),
+    "CAM++": ("TSTP", 512, 80),
+    "ERes2NetV2": ("TSTP", 192, 80),
+    "ReDimNet-B0": ("ASTP-GLOB", 192, 60),
+    "ReDimNet": ("ASTP-GLOB", 192, 72),
+}
+
 
 def option(default: Any, about: str, **bounds: float):
     """A field with its default, its meaning (unit included) and pydantic's bounds: ge, gt, le, lt."""
+    if isinstance(default, list):
+        return Field(default_factory=lambda: list(default), description=about, **bounds)
     return Field(default, description=about, **bounds)
-
-
-def option_list(about: str):
-    """The same for a list that is empty by default."""
-    return Field(default_factory=list, description=about)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -54,15 +66,61 @@ class DataConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class AugmentConfig:
-    """Noise, rooms and speed, drawn for each crop."""
+    """Noise, rooms, channels and speed, drawn for each crop. Options left at null take the preset's values."""
 
-    noise_shards: str | None = option(None, "noise, music and babble, packed with the category as the speaker")
+    noise_shards: str | None = option(None, "noise, music and speech, packed with the category as the speaker")
     rir_shards: str | None = option(None, "room impulse responses, packed the same way")
-    probability: float = option(
-        0.6, "probability that an utterance gets noise or reverberation, where such shards are given", ge=0, le=1
+    preset: Literal["none", "kaldi", "wespeaker", "redimnet2", "voxceleb_trainer"] = option(
+        "none", "whose values null takes (spknet/data/presets.py); none: one of the kinds in the shards, equally likely"
     )
-    speed: list[float] = option_list("playing speeds drawn from, e.g. [0.9, 1.0, 1.1]; empty for none")
-    spec_augment: bool = option(False, "mask 2 frequency bands and 2 time spans of each crop's features")
+    probability: float | None = option(
+        None, "probability that an utterance gets noise or reverberation (none: 0.6)", ge=0, le=1
+    )
+    reverb: float | None = option(None, "share of these with reverberation alone", ge=0, le=1)
+    both: float | None = option(None, "share of these with reverberation and noise on top", ge=0, le=1)
+    noise: float | None = option(None, "weight of noise among what is added", ge=0)
+    music: float | None = option(None, "weight of music", ge=0)
+    talker: float | None = option(None, "weight of one talker", ge=0)
+    babble: float | None = option(None, "weight of several talkers", ge=0)
+    by_recording: bool | None = option(
+        None, "multiply the weights by the number of recordings: every file equally likely"
+    )
+    noise_snr: list[float] | None = option(
+        None, "dB, [lowest, highest] of a range, or more than two values to choose from"
+    )
+    music_snr: list[float] | None = option(None, "dB, the same for music")
+    talker_snr: list[float] | None = option(None, "dB, the same for one talker")
+    babble_snr: list[float] | None = option(None, "dB, the same for babble: of the sum, or of each talker")
+    talkers: list[int] | None = option(None, "recordings in a babble, [fewest, most]")
+    talkers_apart: bool | None = option(None, "each talker of a babble at an SNR of its own")
+    power_floor: float | None = option(
+        None, "added to the mean squares of speech and noise when the SNR is set (full scale 1)", ge=0
+    )
+    rir: Literal["aligned", "unit_energy"] | None = option(
+        None, "aligned: direct sound in place, level kept; unit_energy: energy 1, as it is"
+    )
+    level: Literal["kept", "power", "peak"] | None = option(
+        None, "of the augmented: as mixed, the power of before, or peak 1"
+    )
+    gain_db: list[float] | None = option(
+        None, "random gain of every utterance, dB, [lowest, highest]; never beyond full scale"
+    )
+    rir_seconds: float = option(1.0, "seconds of an impulse response that are used", gt=0)
+    lowpass: float = option(0.0, "probability of a low-pass filter", ge=0, le=1)
+    lowpass_hz: list[float] = option([2000.0, 7000.0], "its cut-off, Hz, [lowest, highest]")
+    telephone: float = option(0.0, "probability of a telephone band: 8 kHz, 300 to 3400 Hz, G.711", ge=0, le=1)
+    telephone_law: Literal["mu", "a", "both"] = option("both", "law of G.711; both: equally likely")
+    dither: float = option(0.0, "deviation of white noise on every utterance, steps of 16-bit samples", ge=0)
+    speed: list[float] = option([], "playing speeds drawn from, e.g. [1.0, 0.9, 1.1]; empty for none")
+    speed_labels: bool = option(
+        False, "each speed is a speaker of its own: class = speaker + S * index in augment.speed"
+    )
+    spec_augment: bool = option(False, "mask frequency bands and time spans of each crop's features")
+    spec_probability: float = option(1.0, "probability that an utterance is masked", ge=0, le=1)
+    frequency_masks: int = option(2, "bands that are masked", ge=0)
+    frequency_width: float = option(0.2, "largest width of a band, as a fraction of the axis", ge=0, le=1)
+    time_masks: int = option(2, "spans that are masked", ge=0)
+    time_width: float = option(0.1, "largest width of a span, as a fraction of the crop", ge=0, le=1)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -70,9 +128,9 @@ class ModelConfig:
     """The network."""
 
     name: str = option("ResNetSE34L", "network; `spknet info` lists them")
-    encoder: str = option("SAP", "pooling over time: SAP, TAP, MAX, ASP, ECA")
-    embedding_size: int = option(512, "dimensions of an embedding", ge=1)
-    n_mels: int = option(40, "mel bands of the features", ge=1, le=1024)
+    encoder: str | None = option(None, "pooling over time, a key of spknet.models.pooling.POOLINGS; null: as published")
+    embedding_size: int | None = option(None, "dimensions of an embedding; null: as published", ge=1)
+    n_mels: int | None = option(None, "mel bands of the features; null: as published", ge=1, le=1024)
     log_input: bool = option(True, "logarithm of the mel energies")
     window: Literal["auto", "hamming", "hann"] = option(
         "auto", "analysis window; auto: as voxceleb_trainer's network of that name"
@@ -80,6 +138,43 @@ class ModelConfig:
     input_scale: Literal["unit", "int16"] = option("unit", "what the network is given: [-1, 1] or -32768..32767")
     width: float = option(1.0, "factor on the number of channels", gt=0)
     sinc_stride: int = option(10, "RawNet3: stride of the learned filter bank, samples", ge=1)
+    variant: str = option(
+        "auto", "whose version of the network, e.g. wespeaker, 3dspeaker, speechbrain; auto: its first"
+    )
+    two_emb_layer: bool | None = option(None, "ResNet: a second layer after the first; null: as in the variant")
+    agg_gnorm: bool = option(
+        False, "ReDimNet2: group norms where maps are summed; its recipes have them since July 2026"
+    )
+
+    def __post_init__(self):
+        names = [name for name in PUBLISHED if self.name.startswith(name)]
+        published = PUBLISHED[names[0]] if names else ("SAP", 512, 40)
+        for name, value in zip(("encoder", "embedding_size", "n_mels"), published):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, config=STRICT)
+class FeaturesConfig:
+    """What the network sees of a wave."""
+
+    name: Literal["auto", "log_mel", "spectrum", "kaldi", "speechbrain", "tfmel", "redimnet"] = option(
+        "auto", "front end; auto: as the network was published"
+    )
+    window: Literal["auto", "hamming", "povey"] = option(
+        "auto", "kaldi: analysis window; auto: as the network's variant was published"
+    )
+    scale: Literal["auto", "unit", "int16"] = option(
+        "auto", "kaldi: samples in [-1, 1] or -32768..32767; auto: as published"
+    )
+    dither: float = option(
+        0.0, "deviation of the noise added to training crops, steps of 16-bit samples (WeSpeaker: 1)", ge=0
+    )
+    hop_ms: float | None = option(None, "step from frame to frame, ms; null: 10, of redimnet 15", gt=0)
+    remove_mean: bool = option(True, "each band minus its mean over the utterance")
+    normalize_wave: bool | None = option(
+        None, "each wave minus its mean, over its deviation; null: tfmel yes, redimnet no"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -164,6 +259,12 @@ class TrainConfig:
     sync_batchnorm: bool = option(True, "BatchNorm statistics of the global batch")
     deterministic: bool = option(False, "deterministic kernels on the GPU; a CPU needs none")
     seed: int = option(0, "seed of weights, batches, crops and augmentation", ge=0, lt=2**32)
+    average_epochs: int = option(
+        0, "also keep the mean of the weights at the ends of the last so many epochs; 0: none", ge=0
+    )
+    ema: float = option(
+        0.0, "also keep the exponential moving average of the weights, with this decay a step; 0: none", ge=0, lt=1
+    )
     chunk: int = option(0, "utterances a rank embeds at a time (GradCache, exact gradient); 0: all at once", ge=0)
     save_every_steps: int = option(0, "steps between two checkpoints; 0: by time only", ge=0)
     save_every_minutes: float = option(15.0, "minutes between two checkpoints", gt=0)
@@ -203,6 +304,9 @@ class EvalConfig:
     )
     metrics: Literal["default", "voxceleb_trainer"] = option("default", "arithmetic of EER and minDCF")
     scores: str | None = option(None, "a file that scores are also written to")
+    weights: Literal["averaged", "trained"] = option(
+        "averaged", "averaged where the run averages (train.average_epochs, train.ema)"
+    )
     batch_seconds: float = option(60.0, "seconds of audio embedded in one forward pass", gt=0)
 
 
@@ -222,6 +326,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

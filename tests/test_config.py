@@ -110,5 +110,5 @@ def test_print_config_shows_every_option(capsys):
         parse(["--print_config"])
     assert left.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert set(printed) == {"run_dir", "data", "augment", "model", "loss", "optim", "train", "eval", "log"}
+    assert set(printed) == {"run_dir", "data", "augment", "model", "features", "loss", "optim", "train", "eval", "log"}
     assert printed["data"]["utterances_per_speaker"] == 2

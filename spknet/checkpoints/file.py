@@ -1,7 +1,7 @@
 """Everything a run needs to continue, in one file of tensors and plain values.
 
     RUN/checkpoints/step-00001200.pt = {"format": "spknet checkpoint 1", "step", "epoch", "config", "model", "loss",
-        "optimizer", "scheduler", "scaler", "speakers", "labels", "data_fingerprint", "versions", "window", "best", "seconds",
+        "averaging", "optimizer", "scheduler", "scaler", "speakers", "labels", "data_fingerprint", "versions", "window", "best", "seconds",
         "head": the index of a head in pieces (spknet.checkpoints.head), whose rows lie beside it in a folder}
 
 Written to a temporary name, synced, renamed: a file under its final name is whole. `torch.load(weights_only=True)` reads it;
@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from shards.format import atomic_write
+from shards.format import atomic_write, remove_leftovers
 from spknet import config as configuration
+from spknet.checkpoints.averages import with_averages
 from spknet.config import Config, ModelConfig, flatten
 from spknet.errors import UserError
 
@@ -30,7 +31,7 @@ FORMAT = "spknet checkpoint 1"
 # Options that may differ when a run continues: they change where, how fast and how long it runs, not its numbers.
 MAY_CHANGE = re.compile(
     r"run_dir|data\.(train_shards|train_list|train_root|workers|cache_dir|cache_gib)|augment\.(noise|rir)_shards"
-    r"|train\.(epochs|max_steps|save_\w+|keep_checkpoints|resume\w*|initial_model|allow_partial|timeout_seconds|profile|threads)"
+    r"|loss\.sharded|train\.(epochs|max_steps|save_\w+|keep_checkpoints|resume\w*|initial_model|allow_partial|timeout_seconds|profile|threads)"
     r"|(eval|log)\..*"
 )
 
@@ -73,8 +74,10 @@ def save(run_dir: str | Path, state: dict[str, Any], keep: int, best_step: int |
 
 def remove_orphans(run_dir: str | Path) -> None:
     """Deletes rows of heads whose checkpoint file is gone, or was never written by a run that was killed."""
-    for folder in (Path(run_dir) / "checkpoints").glob("step-*"):
-        if folder.is_dir() and not folder.with_suffix(".pt").exists():
+    for folder in (p for p in (Path(run_dir) / "checkpoints").glob("step-*") if p.is_dir()):
+        if folder.with_suffix(".pt").exists():
+            remove_leftovers(folder)
+        else:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -148,13 +151,23 @@ def changed_options(old: dict[str, Any], new: Config) -> list[str]:
     ]
 
 
+def _changed_data(old: str, new: str) -> list[str]:
+    """What differs between two fingerprints of `Corpus.fingerprint`: audio, settings of the batches, noise."""
+    before, after = (old + "--").split("-")[:3], (new + "--").split("-")[:3]
+    changed = []
+    if before[:2] != after[:2]:
+        changed.append("the training data (or N, M, the cap or the seed of the batches)")
+    if before[2] != after[2]:
+        changed.append("the noise data or impulse responses of augment.noise_shards and augment.rir_shards")
+    return changed
+
+
 def check_resume(state: dict[str, Any], path: Path, config: Config, fingerprint: str) -> None:
     """Raises CheckpointError naming the options or the data that changed since the checkpoint."""
     if config.train.resume_override:
         return
     changed = changed_options(state["config"], config)
-    if state["data_fingerprint"] != fingerprint:
-        changed.append("the training data (or N, M, the cap or the seed of the batches)")
+    changed += _changed_data(state["data_fingerprint"], fingerprint)
     if changed:
         raise CheckpointError(
             f"{path} was made with other settings: {'; '.join(changed)}. Undo that, give another --run_dir, or continue"
@@ -183,10 +196,16 @@ def load_head_by_speaker(loss, state: dict[str, Any], speakers: list[str], label
     return merged
 
 
-def load_network(path: str | Path, device: str | torch.device = "cpu", model: ModelConfig | None = None):
+def load_network(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    model: ModelConfig | None = None,
+    weights: str | None = None,
+):
     """(network in eval mode, Config, meta) of a run folder (its best checkpoint, else its newest), a checkpoint file of
     spknet, or one of voxceleb_trainer.
 
+    weights: "averaged" (where the checkpoint has averages) or "trained"; None: the checkpoint's option eval.weights.
     model: the network's options, for voxceleb_trainer's files, which do not hold them; None: guessed from the weights. meta: path, step,
     epoch, speakers, labels, data_fingerprint, as far as the file has them. Raises CheckpointError.
     """
@@ -199,16 +218,16 @@ def load_network(path: str | Path, device: str | torch.device = "cpu", model: Mo
         state = read(path)
     if isinstance(state, dict) and state.get("format") == FORMAT:
         config = configuration.from_dict(state["config"])
-        network = build_model(config.model)
-        network.load_state_dict(state["model"])
+        network = build_model(config.model, state.get("sample_rate", 16000), config.features)
+        if config.train.precision == "float64":
+            network = network.double()
+        network.load_state_dict(with_averages(state, weights or config.eval.weights)["model"])
     else:
         from spknet.train import voxceleb_trainer as legacy
 
         config = Config(model=model or legacy.guess_model(state))
         network = build_model(config.model)
         legacy.load_into(network, None, state, allow_partial=False)
-    if config.train.precision == "float64":
-        network = network.double()
     wanted = ("step", "epoch", "speakers", "labels", "data_fingerprint")
     meta = {"path": str(path)} | {name: state[name] for name in wanted if name in state}
     return network.to(device).eval(), config, meta

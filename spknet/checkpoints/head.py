@@ -10,7 +10,7 @@ the .pt is written when all of them are durable: a checkpoint without its .pt do
 pieces or other speakers reads those rows that it wants. The speakers' names and labels stand in the .pt.
 
     index = write(path, head, optimizer, me)  # every rank; rank 0 then writes path
-    load(head, optimizer, source_of(path, state))
+    resume(head, n_network, optimizer, path, state)
 """
 
 from __future__ import annotations
@@ -90,33 +90,98 @@ def source_of(path: Path, state: dict[str, Any]) -> list[Rows]:
     return [Rows(entry["first"], entry["last"], reader(entry["name"])) for entry in state["head"]["files"]]
 
 
-def load(head: Sharded, optimizer: torch.optim.Optimizer | None, source: list[Rows], classes=None) -> int:
-    """Fills this rank's pieces, and the optimizer's moments where one is given, from a checkpoint's rows.
+def resume(loss: Sharded, n_network: int, optimizer: torch.optim.Optimizer, path, state, classes=None) -> None:
+    """Continues a head in pieces and the whole optimizer from a checkpoint, of such a head or of a whole one.
 
-    classes: (n_classes,) the class in the checkpoint of each class here, -1 for none; None: the same. Rows of such classes
-    stay as they are, with moments of 0. Returns how many of this rank's classes were read. Raises CheckpointError where rows do not fit.
+    n_network: trained parameters of the network, which stand before the loss's in the optimizer. classes: as of `load`.
     """
-    classes = np.arange(head.n_classes) if classes is None else np.asarray(classes)
-    wanted = [(piece, classes[piece.first : piece.last]) for piece in head.pieces]
+    ours, theirs, source = state["loss"], state["optimizer"], None
+    if "head" in state:
+        source = source_of(Path(path), state)
+    else:
+        source, ours, theirs = _of_whole_head(state, n_network, loss.rule.centers)
+    loss.load_state_dict(ours)
+    if loss.shards():
+        theirs = {**theirs, "param_groups": [*theirs["param_groups"], optimizer.state_dict()["param_groups"][-1]]}
+    optimizer.load_state_dict(theirs)
+    load(loss, optimizer, source, classes)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, loss) -> dict[str, Any]:
+    """The optimizer's state dict without what belongs to the pieces, which `write` puts beside their rows."""
+    state = optimizer.state_dict()
+    if loss.shards():
+        for place in state["param_groups"].pop()["params"]:
+            state["state"].pop(place, None)
+    return state
+
+
+def initialize(loss, path, state, speakers: list[str], labels) -> None:
+    """Starts the head of a new run, whole or in pieces, from the rows that a checkpoint has for its speakers."""
+    rule, n_classes = (
+        (loss.rule, loss.n_classes) if isinstance(loss, Sharded) else (loss, len(loss.weight) // loss.centers)
+    )
+    if "head" in state:
+        source = source_of(Path(path), state)
+    elif "weight" in state["loss"]:
+        source, *_ = _of_whole_head(state, 0, rule.centers)
+    else:
+        return  # another kind of loss
+    theirs = {name.removeprefix("rule."): value for name, value in state["loss"].items()}
+    scalars = {name: theirs.get(name, value) for name, value in rule.state_dict().items() if value.dim() == 0}
+    rule.load_state_dict(scalars, strict=False)
+    load(loss, None, source, classes_by_speaker(state, n_classes, speakers, labels))
+
+
+def classes_by_speaker(state: dict[str, Any], n_classes: int, speakers: list[str], labels) -> np.ndarray:
+    """(n_classes,) the class in a checkpoint of each class here, by the speaker's name; -1 where it has none.
+
+    Classes beyond the labels are those of playing speeds: label + labels * speed index, here and there.
+    """
+    theirs = dict(zip(state["speakers"], state["labels"]))
+    n_theirs, n_ours = max(theirs.values(), default=-1) + 1, int(max(labels, default=-1)) + 1
+    their_classes = state["head"]["classes"] if "head" in state else len(state["loss"]["weight"])
+    classes = np.full(n_classes, -1)
+    for speed in range(min(n_classes // max(1, n_ours), their_classes // max(1, n_theirs))):
+        for speaker, label in zip(speakers, labels):
+            if speaker in theirs:
+                classes[int(label) + n_ours * speed] = theirs[speaker] + n_theirs * speed
+    return classes
+
+
+def load(loss, optimizer: torch.optim.Optimizer | None, source: list[Rows], classes=None) -> int:
+    """Fills this rank's rows, and the optimizer's moments where one is given, from a checkpoint's rows.
+
+    loss: Sharded, or a whole Classifier. classes: (n_classes,) the class in the checkpoint of each class here, -1 for none;
+    None: the same. Rows of such classes stay as they are, with moments of 0. Returns how many classes of this rank were
+    read. Raises CheckpointError where rows do not fit.
+    """
+    if isinstance(loss, Sharded):
+        pieces, per_class, n_classes = loss.pieces, loss.rule.centers, loss.n_classes
+    else:
+        per_class, n_classes = loss.centers, len(loss.weight) // loss.centers
+        pieces = [Piece(0, 0, n_classes, loss.weight, loss.bias)]
+    classes = np.arange(n_classes) if classes is None else np.asarray(classes)
     count = 0
     for rows in source:
-        inside = [(piece, np.flatnonzero((old >= rows.first) & (old < rows.last)), old) for piece, old in wanted]
-        inside = [(piece, here, old[here] - rows.first) for piece, here, old in inside if len(here)]
+        wanted = [(piece, classes[piece.first : piece.last] - rows.first) for piece in pieces]
+        inside = [(piece, old, (old >= 0) & (old < rows.last - rows.first)) for piece, old in wanted]
+        inside = [(piece, np.flatnonzero(here), old[here]) for piece, old, here in inside if here.any()]
         content = rows.content() if inside else None
         for piece, here, there in inside:
-            _check(content, head, piece)
+            _check(content, piece, per_class)
             for key, parameter in (("weight", piece.weight), ("bias", piece.bias)):
                 if parameter is not None:
-                    per_class = head.rule.centers if key == "weight" else 1
-                    _fill(parameter, key, content, optimizer, _rows(here, per_class), _rows(there, per_class))
+                    each = per_class if key == "weight" else 1
+                    _fill(parameter, key, content, optimizer, (_rows(here, each), _rows(there, each)))
             count += len(here)
     return count
 
 
-def _check(content: dict[str, Any], head: Sharded, piece: Piece) -> None:
+def _check(content: dict[str, Any], piece: Piece, per_class: int) -> None:
     weight, biased = content["values"]["weight"], "bias" in content["values"]
     theirs = (weight.shape[1], content["per_class"], biased)
-    ours = (piece.weight.shape[1], head.rule.centers, piece.bias is not None)
+    ours = (piece.weight.shape[1], per_class, piece.bias is not None)
     if theirs != ours:
         names = ("embedding_size", "sub_centers", "a bias")
         found = ", ".join(f"{name} {a}, expected {b}" for name, a, b in zip(names, theirs, ours) if a != b)
@@ -128,8 +193,8 @@ def _rows(classes: np.ndarray, per_class: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _fill(parameter, key: str, content: dict, optimizer, here: torch.Tensor, there: torch.Tensor) -> None:
-    place = here.to(parameter.device)
+def _fill(parameter, key: str, content: dict, optimizer, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
+    place, there = rows[0].to(parameter.device), rows[1]
 
     def put(values: torch.Tensor, theirs: torch.Tensor) -> None:
         values[place] = theirs[there].to(values)
@@ -145,11 +210,8 @@ def _fill(parameter, key: str, content: dict, optimizer, here: torch.Tensor, the
         put(state[name], value)
 
 
-def dense_source(state: dict[str, Any], n_network: int, per_class: int) -> tuple[list[Rows], dict, dict]:
-    """A checkpoint with a whole head as rows; and its "loss" and "optimizer" without the head.
-
-    n_network: trained parameters of the network, which stand before the head's in the optimizer.
-    """
+def _of_whole_head(state: dict[str, Any], n_network: int, per_class: int) -> tuple[list[Rows], dict, dict]:
+    """A checkpoint with a whole head as rows; and its "loss" and "optimizer" without the head."""
     names = [name for name in ("weight", "bias") if name in state["loss"]]
     values = {name: state["loss"][name] for name in names}
     optimizer = {"state": dict(state["optimizer"]["state"]), "param_groups": []}

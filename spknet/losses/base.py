@@ -21,7 +21,7 @@ from spknet.config import LossConfig
 class Loss(nn.Module, ABC):
     """Subclasses define `compute(x, labels, draws)`; `fewest` and `most` bound M, the utterances of a speaker.
 
-    `margin` may be set before each step; `clamp_` is called after each optimizer step.
+    `margin` and `step`, the global one, are set before each step; `clamp_` is called after each optimizer step.
     """
 
     fewest = 1
@@ -29,7 +29,7 @@ class Loss(nn.Module, ABC):
 
     def __init__(self, config: LossConfig):
         super().__init__()
-        self.margin = float(config.margin)
+        self.margin, self.step = float(config.margin), 0
 
     def forward(self, embeddings: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(embeddings.device.type, enabled=False):

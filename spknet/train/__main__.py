@@ -14,7 +14,7 @@ import yaml
 
 from shards.format import ShardError, atomic_write, remove_leftovers
 from spknet import config as configuration
-from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.file import CheckpointError, remove_orphans
 from spknet.config import Config, ConfigError
 from spknet.data.sampler import SamplerError
 from spknet.evaluate.trials import TrialError
@@ -61,6 +61,7 @@ def _run(config: Config, me: Ranks, stop: StopSignals) -> int:
                 held.enter_context(run.owned(config.run_dir))
                 write_state(config.run_dir, "running", 0, "starting")
                 remove_leftovers(Path(config.run_dir) / "checkpoints")  # of a run killed while it saved
+                remove_orphans(config.run_dir)
         try:
             trainer = _prepare(config, me)
             stopped_by = _train(trainer, me, stop)

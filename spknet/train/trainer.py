@@ -11,6 +11,7 @@ log.py, checkpoint.py.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -22,10 +23,12 @@ from tqdm import tqdm
 from spknet import config as configuration
 from spknet import rng
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints import head as pieces
 from spknet.config import Config
 from spknet.data.batches import Corpus, loader
 from spknet.evaluate import evaluation as evaluate
 from spknet.losses import build_loss
+from spknet.losses.sharded import Sharded
 from spknet.models import build_model
 from spknet.parallel import ranks as distributed
 from spknet.parallel.batchnorm import globalize
@@ -33,8 +36,9 @@ from spknet.parallel.gather import all_reduce_sum
 from spknet.parallel.ranks import Ranks, Watchdog
 from spknet.train import run_folder as run
 from spknet.train import voxceleb_trainer as legacy
+from spknet.train.averaging import Averaging
 from spknet.train.metrics_log import Meter, MetricsLog, profiler
-from spknet.train.optim import build_optimizer, finite_gradients, learning_rate, margin
+from spknet.train.optim import build_optimizer, clip_gradients, finite_gradients, learning_rate, margin
 from spknet.train.run_folder import StopSignals, write_state
 from spknet.train.step import SpeakerTask, prepare, step_at_once, step_in_chunks, train_batchnorm
 
@@ -48,14 +52,14 @@ class Trainer:
 
     def __init__(self, config: Config, me: Ranks):
         self.config, self.me, self.run_dir = config, me, Path(config.run_dir)
-        self.corpus = Corpus.open(config.data, config.train.seed)
+        self.corpus = Corpus.open(config.data, config.train.seed, config.augment)
         distributed.agree({"the training data": self.corpus.fingerprint()}, me)
         evaluate.check(config)
         self.steps_per_epoch = self.corpus.sampler.steps
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         self.samples = round(config.data.crop_seconds * self.corpus.utterances.sample_rate)
-        model = build_model(config.model, self.corpus.utterances.sample_rate)
+        model = build_model(config.model, self.corpus.utterances.sample_rate, config.features)
         loss = build_loss(
             config.loss, config.model.embedding_size, self.corpus.n_classes, config.data.utterances_per_speaker
         )
@@ -67,13 +71,14 @@ class Trainer:
         self.task.to(me.device, self.dtype)
         if config.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(config.optim, self.task.model.parameters(), self.task.loss.parameters())
+        self.optimizer = build_optimizer(config.optim, self.task.model.parameters(), loss.parameters(), loss.shards())
         self.scaler = torch.amp.GradScaler(me.device.type, enabled=config.train.precision == "fp16")
 
         self.step = 0  # optimizer steps done
         self.window = {"loss": 0.0, "accuracy": 0.0, "steps": 0}  # sums since the last logged step
         self.best: dict | None = None  # {"step", "dev_eer"}
         self.seconds = 0.0  # of training, evaluation and saving apart
+        self.averaging = Averaging(config.train, self.task, self.steps_per_epoch, self.total_steps)
         self._resume_or_initialize()
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
@@ -92,32 +97,39 @@ class Trainer:
             state = checkpoint.read(path)
         if state is not None:
             checkpoint.check_resume(state, path, self.config, self.corpus.fingerprint())
-            self._load(state)
+            self._load(state, path)
             self.say(f"continuing {path} at step {self.step}")
         elif c.initial_model:
             for note in legacy.load_initial(self.task, c.initial_model, self.corpus, c.allow_partial):
                 self.say(note)
 
-    def _load(self, state: dict) -> None:
+    def _load(self, state: dict, path: str) -> None:
         self.task.model.load_state_dict(state["model"])
-        self.task.loss.load_state_dict(
-            checkpoint.load_head_by_speaker(self.task.loss, state, self.speakers(), self.corpus.utterances.labels)
-            if state["data_fingerprint"] != self.corpus.fingerprint()
-            else state["loss"]
-        )
-        self.optimizer.load_state_dict(state["optimizer"])
+        moved = state["data_fingerprint"] != self.corpus.fingerprint()
+        speakers, loss = (self.speakers(), self.corpus.utterances.labels), self.task.loss
+        if isinstance(loss, Sharded):
+            classes = pieces.classes_by_speaker(state, loss.n_classes, *speakers) if moved else None
+            trained = sum(p.requires_grad for p in self.task.model.parameters())
+            pieces.resume(loss, trained, self.optimizer, path, state, classes)
+        elif "head" in state:
+            raise checkpoint.CheckpointError(f"{path} has a head in pieces: continue with --loss.sharded true")
+        else:
+            loss.load_state_dict(checkpoint.load_head_by_speaker(loss, state, *speakers) if moved else state["loss"])
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.averaging.load(state.get("averaging"))
         self.step, self.window, self.best, self.seconds = (state[k] for k in ("step", "window", "best", "seconds"))
 
     def state(self) -> dict:
-        """What a checkpoint holds."""
+        """What a checkpoint holds, a head in pieces apart."""
         return {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
             "config": configuration.to_dict(self.config),
             "model": self.task.model.state_dict(),
             "loss": self.task.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "averaging": self.averaging.state(),
+            "optimizer": pieces.optimizer_state(self.optimizer, self.task.loss),
             "scheduler": {"name": self.config.optim.schedule, "step": self.step},
             "scaler": self.scaler.state_dict(),
             "speakers": self.speakers(),
@@ -138,21 +150,27 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the checkpoint of this step on rank 0; every rank returns when it is durable."""
+        head = {}
+        if isinstance(self.task.loss, Sharded):
+            self.watchdog.saves(self.step)
+            path = checkpoint.path_of(self.run_dir, self.step)
+            head = {"head": pieces.write(path, self.task.loss, self.optimizer, self.me)}
         with distributed.first_rank_only(self.me) as first:
             if first:
                 self.watchdog.saves(self.step)
                 self.log.sync()
                 best = self.best and self.best["step"]
-                checkpoint.save(self.run_dir, self.state(), self.config.train.keep_checkpoints, best)
+                checkpoint.save(self.run_dir, self.state() | head, self.config.train.keep_checkpoints, best)
                 write_state(self.run_dir, "running", self.step)
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def evaluate(self) -> None:
-        """Evaluates the network as it is, on all ranks; a better development EER makes this step the best checkpoint."""
+        """Evaluates the network, averaged where the run averages, on all ranks; a better development EER makes this step the best checkpoint."""
         self.watchdog.pause()
         folder = self.run_dir / "eval" / f"step-{self.step:08d}"
         # Whole utterances differ in length, and each length would be compiled anew.
-        with torch.compiler.set_stance("force_eager"):
+        averaged = self.averaging.applied() if self.config.eval.weights == "averaged" else contextlib.nullcontext()
+        with torch.compiler.set_stance("force_eager"), averaged:
             result = evaluate.evaluate_network(
                 self.task.model, self.config, out_dir=folder, step=self.step, device=self.me.device
             )
@@ -197,6 +215,7 @@ class Trainer:
                 watchdog.computes(self.step)
                 loss, accuracy, asked = self.train_step(batch, stop)
                 self.step += 1
+                self.averaging.update(self.step)
                 bar.update()
                 if trace is not None:
                     trace.step()
@@ -228,26 +247,31 @@ class Trainer:
         rate = learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps, utterances)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.task.loss.margin = margin(c.loss, self.step, self.steps_per_epoch)
-        inputs = prepare(batch, self.samples, self.dtype, self.me.device)
+        self.task.loss.margin, self.task.loss.step = margin(c.loss, self.step, self.steps_per_epoch), self.step
+        inputs = prepare(batch, self.samples, self.dtype, self.me.device, c.features.dither)
         self.optimizer.zero_grad(set_to_none=True)
         if c.train.chunk:
             loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, c.train.chunk, self.me)
         else:
             loss, accuracy = step_at_once(self.parallel, inputs, self.scaler.scale)
 
+        shards, scaled = self.task.loss.shards(), self.scaler.is_enabled()
+        parameters = [*self.task.parameters(), *shards]
         finite = torch.isfinite(loss)
-        if not self.scaler.is_enabled():  # with float16 the scaler skips such a step
-            finite &= finite_gradients(self.task.parameters())
+        sound = finite_gradients(parameters) if shards or not scaled else finite
+        if not scaled:  # with float16 the scaler skips such a step
+            finite &= sound
         due = self.me.first and time.monotonic() - self.saved_at > 60 * c.train.save_every_minutes
-        own = [loss.double(), accuracy.double(), stop.received is not None, due, ~finite]
+        own = [loss.double(), accuracy.double(), stop.received is not None, due, ~finite, ~sound]
         told = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.me.device) for x in own])
         total = all_reduce_sum(told).tolist()
         if total[4]:
             self._report_non_finite(float(loss), batch)
+        if scaled and total[5]:  # on some rank, perhaps in its pieces of the head alone: every rank skips the step
+            next(p.grad for p in parameters if p.grad is not None).fill_(torch.inf)
         self.scaler.unscale_(self.optimizer)
         if c.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.task.parameters(), c.optim.clip_norm)
+            clip_gradients(self.task.parameters(), self.task.loss, c.optim.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.task.loss.clamp_()
