@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step-00001200.pt        all else, and under "head" the list of the files below (spknet.checkpoints.file)
     RUN/checkpoints/step-00001200/rows-000000000-000015625.pt = {"first", "last": classes, "per_class": rows of a class,
-        "values": {"weight": (rows, D), "bias": (classes,)}, "moments": {"weight": {"exp_avg": (rows, D), "step": ()}}}
+        "values": {"weight": (rows, D), "bias": (classes,)}, "moments": {"weight": {"exp_avg": (rows, D), "step": ()}},
+        "seen": (classes,) with loss.sample, else None}
     RUN/checkpoints/step-00001200/index.json                 the same list, for people
 
 A file is a piece of the head, so that its name and content do not depend on the ranks. Files are whole or absent, and
@@ -75,6 +76,7 @@ def _write_piece(folder: Path, head: Sharded, piece: Piece, optimizer: torch.opt
         "per_class": head.rule.centers,
         "values": {key: value.detach() for key, value in values.items()},
         "moments": {key: dict(optimizer.state.get(value, {})) for key, value in values.items()},
+        "seen": piece.seen,
     }
     with atomic_write(folder / name) as file:
         torch.save(content, file)
@@ -174,6 +176,8 @@ def load(loss, optimizer: torch.optim.Optimizer | None, source: list[Rows], clas
                 if parameter is not None:
                     each = per_class if key == "weight" else 1
                     _fill(parameter, key, content, optimizer, (_rows(here, each), _rows(there, each)))
+            if optimizer is not None and piece.seen is not None and content.get("seen") is not None:
+                piece.seen[torch.from_numpy(here)] = content["seen"][there].to(piece.seen)
             count += len(here)
     return count
 

@@ -9,6 +9,7 @@ of the rank's own rows.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -43,6 +44,11 @@ class Loss(nn.Module, ABC):
     def shards(self) -> list[nn.Parameter]:
         """Parameters that this rank alone has (spknet.losses.sharded): not among parameters(), for DDP averages those."""
         return []
+
+    @contextlib.contextmanager
+    def updating(self, optimizer: torch.optim.Optimizer):
+        """Around the optimizer's step, gradient clipping included: yields the shards that this step moves."""
+        yield self.shards()
 
     def squared_gradient(self) -> Tensor | None:
         """Sum of squares of the gradients of all ranks' shards, the same on every rank; None where there are none."""

@@ -24,7 +24,8 @@ matrix products depend on its number of threads: keep it equal). Each rank retur
 whose mean over ranks is L again; dE of its own rows is multiplied by W, for DDP will average over ranks what
 each pushes through its network (spknet.parallel.gather). Weights of pieces are no parameters of this module, for DDP must not touch them:
 `shards()` lists them, for the optimizer. SphereFace2 has no normaliser: see ShardedSphereFace2. Inter-top-k: each piece
-offers its k largest cosines, all ranks choose the same k of P k, and their owners penalise them.
+offers its k largest cosines, all ranks choose the same k of P k, and their owners penalise them. A step may compare with a
+sample of the classes only: see spknet.losses.sampled.
 
     loss = build_loss(LossConfig(name="aamsoftmax", sharded=True), 192, n_classes=1_000_000, utterances_per_speaker=2)
 """
@@ -41,6 +42,7 @@ from spknet import rng
 from spknet.config import LossConfig
 from spknet.losses.base import Loss
 from spknet.losses.classification import Classifier
+from spknet.losses.sampled import rows_only, sample
 from spknet.parallel.gather import gather_rows, world_size
 from spknet.parallel.tree import Tree, gather_pieces, owned, sum_for_owners, tree_sum
 
@@ -57,12 +59,22 @@ class Piece:
     weight: nn.Parameter
     bias: nn.Parameter | None
 
+    seen: Tensor | None = None  # with loss.sample: the last step that had each class in its sample, -1 for none
+    sample: Tensor | None = None  # classes of a sample, in order: weight and bias then have these rows only
+
     def parameters(self) -> list[nn.Parameter]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def columns(self, classes: Tensor) -> Tensor:
-        """Columns of these classes in this piece, -1 for those of others."""
-        return torch.where((classes >= self.first) & (classes < self.last), classes - self.first, -1)
+        """Columns of these classes in this piece, -1 for those that it has not."""
+        if self.sample is None:
+            return torch.where((classes >= self.first) & (classes < self.last), classes - self.first, -1)
+        place = torch.searchsorted(self.sample, classes).clamp(max=len(self.sample) - 1)
+        return torch.where(self.sample[place] == classes, place, -1)
+
+    def classes(self, columns: Tensor) -> Tensor:
+        """The classes of these columns."""
+        return columns + self.first if self.sample is None else self.sample[columns]
 
 
 class Sharded(Loss):
@@ -74,6 +86,7 @@ class Sharded(Loss):
     def __init__(self, kind: type[Classifier], config: LossConfig, embedding_size: int, n_classes: int):
         super().__init__(config)
         self.rule = kind(config, embedding_size, None)
+        self.device = torch.device("cpu")  # of the last batch
         self.n_classes, self.n_pieces = n_classes, config.shards
         self.pieces = []  # of this rank, those without classes left out
         for number in owned(config.shards):
@@ -81,7 +94,9 @@ class Sharded(Loss):
             if last > first:
                 weight = nn.Parameter(torch.empty((last - first) * self.rule.centers, embedding_size))
                 bias = nn.Parameter(torch.empty(last - first)) if self.rule.biased else None
-                self.pieces.append(Piece(number, first, last, weight, bias))
+                seen = torch.full((last - first,), -1) if config.sample < 1 else None
+                self.pieces.append(Piece(number, first, last, weight, bias, seen))
+        self.share, self.seed, self.active = config.sample, 0, self.pieces  # active: what a step compares with
         self.reset_parameters()
 
     def shards(self) -> list[nn.Parameter]:
@@ -91,12 +106,17 @@ class Sharded(Loss):
         super()._apply(fn, recurse)
         for parameter in self.shards():
             parameter.data = fn(parameter.data)
+        for piece in self.pieces:
+            piece.seen = None if piece.seen is None else piece.seen.to(piece.weight.device)
         return self
+
+    def updating(self, optimizer: torch.optim.Optimizer):
+        return super().updating(optimizer) if self.share == 1 or not self.pieces else rows_only(self, optimizer)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws each weight by its class and column, so that neither ranks nor pieces change it."""
-        seed = torch.initial_seed()  # rng.initialize sets it
+        seed = self.seed = torch.initial_seed()  # rng.initialize sets it
         for piece in self.pieces:
             size, per_class = piece.weight.shape[1], self.rule.centers
             spread = self.rule.spread(self.n_classes * per_class, size)
@@ -106,9 +126,8 @@ class Sharded(Loss):
 
     def squared_gradient(self) -> Tensor:
         """Sum of squares of all pieces' gradients, the same on every rank: (), float64."""
-        device = next(iter(self.shards()), torch.empty(0)).device
-        own = torch.zeros(len(owned(self.n_pieces)), dtype=torch.float64, device=device)
-        for piece in self.pieces:
+        own = torch.zeros(len(owned(self.n_pieces)), dtype=torch.float64, device=self.device)
+        for piece in self.active:
             gradients = [p.grad.double().square().sum() for p in piece.parameters() if p.grad is not None]
             own[self._place(piece)] = sum(gradients)
         return tree_sum(gather_pieces(own, self.n_pieces))
@@ -117,7 +136,10 @@ class Sharded(Loss):
         self.rule.margin = self.margin
         own = x.flatten(0, 1)
         targets = gather_rows(labels).repeat_interleave(x.shape[1])
-        return _Head.apply(own, self, targets, *self.rule.parameters(), *self.shards())
+        self.device = x.device
+        self.active = self.pieces if self.share == 1 else sample(self, targets)
+        parameters = [parameter for piece in self.active for parameter in piece.parameters()]
+        return _Head.apply(own, self, targets, *self.rule.parameters(), *parameters)
 
     def _place(self, piece: Piece) -> int:
         """Where a piece stands among those that the rank owns, empty ones included."""
@@ -136,11 +158,11 @@ class Sharded(Loss):
             return None
         k = self.rule.top_k
         offers = x.new_full((len(owned(self.n_pieces)), 2, len(x), k), -2, dtype=torch.float64)
-        for piece in self.pieces:
+        for piece in self.active:
             cosines = self.rule.others(x, piece.weight, piece.columns(targets))
             best = cosines.topk(min(k, cosines.shape[1]), dim=1)
             offers[self._place(piece), 0, :, : best.values.shape[1]] = best.values.double()
-            offers[self._place(piece), 1, :, : best.values.shape[1]] = (best.indices + piece.first).double()
+            offers[self._place(piece), 1, :, : best.values.shape[1]] = piece.classes(best.indices).double()
         cosines, classes = gather_pieces(offers, self.n_pieces).permute(1, 2, 0, 3).flatten(2)  # each (B, P k)
         cosines, order = cosines.sort(dim=1, descending=True, stable=True)
         return torch.where(cosines > -1.5, classes.gather(1, order).long(), -1)[:, :k]  # -2: the right class, or none
@@ -151,7 +173,7 @@ class Sharded(Loss):
         column = piece.columns(targets)
         right = torch.where(column >= 0, logits.gather(1, column.clamp(min=0)[:, None])[:, 0], 0)
         best = logits.max(dim=1)
-        told = [logits.logsumexp(dim=1), right, best.values, best.indices + piece.first]
+        told = [logits.logsumexp(dim=1), right, best.values, piece.classes(best.indices)]
         return torch.stack([part.double() for part in told])
 
     def combine(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +202,7 @@ class ShardedSphereFace2(Sharded):
         columns = piece.columns(targets)
         best = self.rule.logits(x, weight, None, columns).max(dim=1)
         terms = self.rule.terms(x, weight, offset, columns)
-        told = [terms, torch.zeros_like(terms), best.values, best.indices + piece.first]
+        told = [terms, torch.zeros_like(terms), best.values, piece.classes(best.indices)]
         return torch.stack([part.double() for part in told])
 
     def combine(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,7 +225,7 @@ class _Head(torch.autograd.Function):
         hardest = head.hardest(x, targets)
         told = x.new_full((len(owned(head.n_pieces)), 4, len(x)), -torch.inf, dtype=torch.float64)
         told[:, 1] = 0
-        for piece in head.pieces:
+        for piece in head.active:
             told[head._place(piece)] = head.statistics(piece, [x, *shared, *piece.parameters()], targets, hardest)
         first, second, best, winner = gather_pieces(told, head.n_pieces).unbind(1)  # each (P, B)
         loss, total = head.combine(first, second)
@@ -220,7 +242,7 @@ class _Head(torch.autograd.Function):
         saved, scale = (hardest[0] if hardest else None, total), slope / len(x)
         n_shared = len(list(head.rule.parameters()))
         tree, shared = Tree(), x.new_zeros((len(owned(head.n_pieces)), n_shared))
-        gradients, pieces = [], {piece.number: piece for piece in head.pieces}
+        gradients, pieces = [], {piece.number: piece for piece in head.active}
         for place, number in enumerate(owned(head.n_pieces)):
             if number not in pieces:
                 tree.add(number, 1, torch.zeros_like(x))

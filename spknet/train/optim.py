@@ -26,7 +26,6 @@ import math
 import torch
 
 from spknet.config import ConfigError, LossConfig, OptimConfig
-from spknet.losses.base import Loss
 
 
 def _sgd(groups, c: OptimConfig) -> torch.optim.Optimizer:
@@ -66,17 +65,18 @@ def finite_gradients(parameters) -> torch.Tensor:
     return torch.isfinite(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))).all()
 
 
-def clip_gradients(parameters, loss: Loss, limit: float) -> torch.Tensor:
+def clip_gradients(parameters, shards, squared: torch.Tensor | None, limit: float) -> torch.Tensor:
     """Scales all gradients so that their norm is at most `limit`; returns the norm before.
 
-    parameters: those that every rank has. With a head in pieces, the norm is that of all ranks' pieces too.
+    parameters: those that every rank has; shards: those of this rank alone; squared: sum of squares of the gradients of all
+    ranks' shards, None where there are none.
     """
-    parameters, squared = list(parameters), loss.squared_gradient()
+    parameters = list(parameters)
     if squared is None:
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
     shared = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = (shared.double().square() + squared).sqrt()
-    torch.nn.utils.clip_grads_with_norm_([*parameters, *loss.shards()], limit, norm)
+    torch.nn.utils.clip_grads_with_norm_([*parameters, *shards], limit, norm)
     return norm
 
 

@@ -255,7 +255,15 @@ class Trainer:
         else:
             loss, accuracy = step_at_once(self.parallel, inputs, self.scaler.scale)
 
-        shards, scaled = self.task.loss.shards(), self.scaler.is_enabled()
+        with self.task.loss.updating(self.optimizer) as shards:
+            total = self._update(loss, accuracy, batch, stop, shards)
+        self.task.loss.clamp_()
+        world = self.me.world_size
+        return total[0] / world, total[1] / world, {"stop": total[2] > 0, "save": total[3] > 0}
+
+    def _update(self, loss, accuracy, batch, stop: StopSignals, shards: list) -> list[float]:
+        """The optimizer's step, where all ranks' gradients are finite. Returns what the ranks told, added up."""
+        c, scaled = self.config, self.scaler.is_enabled()
         parameters = [*self.task.parameters(), *shards]
         finite = torch.isfinite(loss)
         sound = finite_gradients(parameters) if shards or not scaled else finite
@@ -271,12 +279,10 @@ class Trainer:
             next(p.grad for p in parameters if p.grad is not None).fill_(torch.inf)
         self.scaler.unscale_(self.optimizer)
         if c.optim.clip_norm:
-            clip_gradients(self.task.parameters(), self.task.loss, c.optim.clip_norm)
+            clip_gradients(self.task.parameters(), shards, self.task.loss.squared_gradient(), c.optim.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.task.loss.clamp_()
-        world = self.me.world_size
-        return total[0] / world, total[1] / world, {"stop": total[2] > 0, "save": total[3] > 0}
+        return total
 
     def _report_non_finite(self, loss: float, batch) -> None:
         names = [self.corpus.utterances.key(row) for row in batch.rows.tolist()]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -193,7 +194,7 @@ def clipped(rank: int, world: int) -> tuple[float, float, float]:
     network.grad = torch.full((4,), 3.0, dtype=torch.float64)
     for piece in head.pieces:
         piece.weight.grad, piece.bias.grad = torch.ones_like(piece.weight), torch.full_like(piece.bias, 2)
-    norm = clip_gradients([network], head, 1.0)
+    norm = clip_gradients([network], head.shards(), head.squared_gradient(), 1.0)
     own = head.pieces[0].bias.grad[0].item() if head.pieces else 2 / norm.item()
     return norm.item(), network.grad[0].item(), own
 
@@ -214,3 +215,77 @@ def test_a_head_is_cut_by_itself_from_a_size_on_or_as_told():
         ConfigError, match="loss.sharded true: angleproto has no head that can be cut; these have: softmax"
     ):
         build_loss(LossConfig(sharded=True), 8, 10, 2)
+
+
+def sampled(rank: int, world: int) -> list:
+    """Steps with a tenth of 200 classes: what they told, the rows, moments and last steps in the end."""
+    results = []
+    for name, centers in (("softmax", 1), ("aamsoftmax", 2), ("sphereface2", 1)):
+        config = LossConfig(name=name, margin=0.2, sharded=True, shards=8, sample=0.1, sub_centers=centers)
+        loss, told = fresh(config, 200, torch.float64), []
+        optimizer = build_optimizer(ADAM, [], loss.parameters(), loss.shards())
+        for loss.step in range(8):
+            x, labels = batch(loss.step, 200, torch.float64)
+            loss.zero_grad()
+            value, accuracy = loss(x.chunk(world)[rank].clone().requires_grad_(), labels.chunk(world)[rank], None)
+            value.backward()
+            with loss.updating(optimizer) as shards:
+                norm = clip_gradients(loss.parameters(), shards, loss.squared_gradient(), 0.5)
+                optimizer.step()
+            told.append((value.item(), accuracy.item(), norm.item()))
+        rows = [(p.first, p.weight.detach().numpy(), p.seen.numpy()) for p in loss.pieces]
+        results.append((told, rows, [optimizer.state[p.weight]["exp_avg"].numpy() for p in loss.pieces]))
+    return results
+
+
+def test_a_sample_is_the_same_on_any_number_of_ranks():
+    one = sampled(0, 1)
+    every = run_ranks(2, sampled)
+    for k, (told, rows, moments) in enumerate(one):
+        assert all(found[k][0] == told for found in every)
+        theirs = sum((found[k][1] for found in every), [])
+        assert all(a[0] == b[0] and same(a[1:], b[1:]) for a, b in zip(rows, theirs))
+        assert same(moments, sum((found[k][2] for found in every), []))
+
+
+def test_only_the_sample_moves_and_it_holds_every_right_class():
+    loss = fresh(LossConfig(name="amsoftmax", sharded=True, shards=4, sample=0.2), 500, torch.float64)
+    optimizer = build_optimizer(OptimConfig(name="sgd", lr=0.1, weight_decay=0.5), [], [], loss.shards())
+    counts = np.zeros(500)
+    for loss.step in range(60):
+        before = torch.cat([p.weight.detach().clone() for p in loss.pieces])
+        x, _ = batch(loss.step, 10, torch.float64)
+        labels = torch.arange(SPEAKERS) * 40 + loss.step % 40
+        value, _ = loss(x.requires_grad_(), labels, None)
+        value.backward()
+        chosen = torch.cat([view.sample for view in loss.active])
+        assert set(labels.tolist()) <= set(chosen.tolist())
+        with loss.updating(optimizer):
+            optimizer.step()
+        after = torch.cat([p.weight.detach() for p in loss.pieces])
+        assert (before != after).any(dim=1).nonzero()[:, 0].tolist() == sorted(chosen.tolist())
+        counts[chosen.numpy()] += 1
+    # 60 draws of 0.2 with 12 of 500 besides: 12.2 of 60, standard deviation 3.1
+    assert counts.mean() == pytest.approx(60 * (0.2 + 0.8 * 12 / 500), rel=0.03) and counts.max() < 12 + 6 * 3.1
+
+
+def test_decay_is_made_up_for_when_a_row_is_sampled_again():
+    loss = fresh(LossConfig(name="softmax", sharded=True, shards=1, sample=1e-9), 3, torch.float64)
+    optimizer = build_optimizer(OptimConfig(name="sgd", lr=0.1, weight_decay=0.5, momentum=0.0), [], [], loss.shards())
+    start, x = loss.pieces[0].weight.detach().clone(), torch.zeros(1, 1, DIMENSIONS, dtype=torch.float64)
+    for loss.step, label in enumerate((0, 1, 1, 0)):  # a sample of one class has no gradient: decay alone
+        loss(x.clone().requires_grad_(), torch.tensor([label]), None)[0].backward()
+        with loss.updating(optimizer):
+            optimizer.step()
+    factors = loss.pieces[0].weight.detach()[:, 0] / start[:, 0]
+    # 1 - 0.1 x 0.5 for each of the steps: 4 for class 0 (two of them made up), 3 for class 1, none yet for class 2
+    assert factors.tolist() == pytest.approx([0.95**4, 0.95**3, 1])
+
+
+def test_a_full_sample_is_the_whole_head():
+    config = LossConfig(name="aamsoftmax", sharded=True, shards=4, margin=0.2)
+    whole = fresh(config, 21, torch.float64)
+    nearly = fresh(dataclasses.replace(config, sample=1 - 1e-9), 21, torch.float64)
+    x, labels = batch(0, 21, torch.float64)
+    assert whole(x, labels, None)[0].item() == nearly(x, labels, None)[0].item()
+    assert len(torch.cat([view.sample for view in nearly.active])) == 21
