@@ -22,7 +22,7 @@ from typing import Any
 
 from launch.status import aligned, run_status, slurm_jobs
 from launch.sweep import short
-from spknet.log import read_metrics
+from spknet.train.metrics_log import read_metrics
 
 SEED = "train.seed"
 METRICS = ("eer", "min_dcf_p01", "min_dcf_p05")

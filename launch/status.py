@@ -23,8 +23,8 @@ from pathlib import Path
 
 import yaml
 
-from spknet.log import read_metrics
-from spknet.run import STALE_SECONDS, read_state
+from spknet.train.metrics_log import read_metrics
+from spknet.train.run_folder import STALE_SECONDS, read_state
 
 ACTIVE = ("queued", "running", "requeued")
 ORDINARY = ("", "None", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime")  # reasons that pass by themselves

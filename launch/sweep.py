@@ -35,7 +35,7 @@ from launch import submit
 from launch.status import aligned, run_status, slurm_jobs
 from launch.submit import SubmitError
 from spknet.config import ConfigError
-from spknet.run import write_json
+from spknet.train.run_folder import write_json
 
 SWEEPS = Path(__file__).parent / "sweeps"
 KEYS = ("recipe", "options", "cluster", "at-once", "grid", "runs")

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.errors import UserError
+
 VERSION = 1
 CODECS = ("wav", "flac")
 BLOCK = 512  # tar block, bytes
@@ -54,7 +56,7 @@ REMAKE = "make the index again with `python -m shards.pack --out OUT --merge`"
 DEVICE_NAMES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """Something about a data set is not as it must be: the message says what was found, what was expected, what to do."""
 
 

@@ -23,7 +23,7 @@ def _child(function, arguments, rank, world_size, port, pipe, join):
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    from spknet import distributed
+    from spknet.parallel import ranks as distributed
 
     group = distributed.ranks(device="cpu", threads=1, timeout_seconds=60) if join else contextlib.nullcontext()
     try:
@@ -61,7 +61,7 @@ def run_ranks(world_size: int, function, *arguments, timeout: float = 240.0, joi
 
 def train(world_size: int, words: list[str], **options) -> list[dict]:
     """spknet.train with these words on W ranks; the lines of its metrics.jsonl. Every rank must end with status 0."""
-    from spknet.log import read_metrics
+    from spknet.train.metrics_log import read_metrics
 
     statuses = run_ranks(world_size, _train, words, join=False, **options)
     assert statuses == [0] * world_size
@@ -69,7 +69,7 @@ def train(world_size: int, words: list[str], **options) -> list[dict]:
 
 
 def _train(_rank, world_size, words):
-    from spknet.train import main
+    from spknet.train.__main__ import main
 
     if world_size == 1:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from launch import submit
-from spknet.log import read_metrics
-from spknet.run import read_state
+from spknet.train.metrics_log import read_metrics
+from spknet.train.run_folder import read_state
 
 SAVE_EVERY = 20  # steps
 SHAPING = ("step", "loss", "accuracy", "lr")  # what must not depend on interruptions

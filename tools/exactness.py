@@ -18,8 +18,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from spknet import gather
-from spknet.log import read_metrics
+from spknet.parallel import gather
+from spknet.train.metrics_log import read_metrics
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def differences(base: tuple, other: tuple) -> tuple[float, float]:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["local"]:
-        from spknet.train import main as train
+        from spknet.train.__main__ import main as train
 
         with local_losses():
             return train([*argv[1:], "--train.sync_batchnorm", "false"])

@@ -21,10 +21,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from shards import plan
+from shards.errors import UserError
 from shards.format import ShardError, atomic_write
 
 
-class ListError(ValueError):
+class ListError(UserError):
     """What was found, what was expected, what to do."""
 
 

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from spknet.log import read_metrics
+from spknet.train.metrics_log import read_metrics
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
     value, accuracy = loss(embeddings, labels, draws)
 
 embeddings (speakers, M, D) of this rank, labels (speakers,) int64, draws (speakers, 2) float64 in [0, 1): the only
-randomness. `value` is L_r of spknet.gather: its mean over ranks is the loss of the global batch. `accuracy` is in percent
+randomness. `value` is L_r of spknet.parallel.gather: its mean over ranks is the loss of the global batch. `accuracy` is in percent
 of the rank's own rows.
 """
 

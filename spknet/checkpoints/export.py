@@ -1,0 +1,82 @@
+"""Checkpoints in another program's format.
+
+    spknet export --checkpoint runs/a --to voxceleb_trainer --out model.model
+
+voxceleb_trainer's file is its oldest wrapping, {"__S__.KEY": network, "__L__.KEY": loss}, which all its versions read. Its
+window and filter bank go along; whether it feeds 16-bit integers or [-1, 1] is up to the version that reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from shards.format import atomic_write
+from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints.averages import CHOICES, with_averages
+from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.voxceleb_trainer import to_legacy
+from spknet.config import Config, ConfigError
+from spknet.losses import build_loss
+
+# Encoders that voxceleb_trainer's networks have.
+THEIR_ENCODERS = {
+    "ResNetSE34": ("SAP",),
+    "ResNetSE34L": ("SAP", "ASP"),
+    "ResNetSE34V2": ("SAP", "ASP"),
+    "VGGVox": ("SAP", "TAP", "MAX"),
+    "VGGVox40": ("SAP", "TAP", "MAX"),
+    "RawNet3": ("ECA", "ASP"),
+}
+
+
+def voxceleb_trainer(path: str | Path, weights: str | None = None) -> tuple[dict[str, torch.Tensor], Config]:
+    """The state dict for voxceleb_trainer of a run folder or a checkpoint, and its configuration.
+
+    weights: "averaged" or "trained"; None: as the run evaluates.
+    Raises CheckpointError, or ConfigError where voxceleb_trainer has no such network.
+    """
+    model, config, meta = checkpoint.load_network(path, weights=weights)
+    chosen = config.model
+    if chosen.width != 1:
+        raise ConfigError(f"model.width {chosen.width}: voxceleb_trainer's networks have a width of 1 only")
+    if chosen.encoder not in THEIR_ENCODERS[chosen.name]:
+        fits = ", ".join(THEIR_ENCODERS[chosen.name])
+        raise ConfigError(f"model.encoder {chosen.encoder}: voxceleb_trainer's {chosen.name} takes {fits}")
+    state = checkpoint.read(meta["path"])
+    loss = None
+    if state.get("format") == checkpoint.FORMAT:
+        head = with_averages(state, weights or config.eval.weights)["loss"]
+        rows = [value.shape[0] for name, value in head.items() if name.endswith("weight")]
+        loss = build_loss(config.loss, chosen.embedding_size, max(rows, default=1), config.data.utterances_per_speaker)
+        loss.load_state_dict(head)
+    return to_legacy(model, loss), config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="spknet export", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
+    parser.add_argument("--to", required=True, choices=["voxceleb_trainer"])
+    parser.add_argument("--out", required=True, help="file to write")
+    parser.add_argument("--weights", choices=CHOICES, help="of a run that averages (default: averaged)")
+    chosen = parser.parse_args(argv)
+    try:
+        state, config = voxceleb_trainer(chosen.checkpoint, chosen.weights)
+    except (CheckpointError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with atomic_write(chosen.out) as file:
+        torch.save(state, file)
+    m = config.model
+    version = "newer (samples in [-1, 1])" if m.input_scale == "unit" else "2020 (16-bit samples)"
+    flags = f"--model {m.name} --encoder_type {m.encoder} --nOut {m.embedding_size} --n_mels {m.n_mels}"
+    print(f"{chosen.out}: for voxceleb_trainer {version}, {flags} --log_input {m.log_input}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Reports side by side, with the differences of the first one to each other and their intervals.
+
+The same speakers are drawn for both systems of a pair in every replicate, so that what makes a list hard or easy cancels
+and small differences show. A difference is called significant where its 95 % interval leaves out zero.
+
+    spknet compare runs/a/eval/step-00001200 runs/b/eval/step-00001200 --out compared
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from spknet.evaluate import bootstrap, metrics, report
+from spknet.evaluate import plots as pictures
+from spknet.evaluate.trials import TrialError, Trials, list_name, open_text, read_speakers
+
+
+def read_report(path: str | Path) -> tuple[Path, dict]:
+    """(folder, report) of an evaluation's folder or its report.json. Raises TrialError."""
+    path = Path(path)
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise TrialError(
+            f"{path}: cannot read this report: {error}; give a folder that spknet.evaluate wrote"
+        ) from error
+    if not isinstance(found, dict) or found.get("version") != report.VERSION:
+        raise TrialError(f"{path}: expected a report of version {report.VERSION}; evaluate again")
+    return path.parent, found
+
+
+def read_scores(path: Path) -> tuple[np.ndarray, Trials]:
+    """Scores and trials of a scores file with labels. Raises TrialError naming the line."""
+    models: dict[str, int] = {}
+    tests: dict[str, int] = {}
+    scores, left, right, labels = [], [], [], []
+    for number, line in open_text(path):
+        words = line.split()
+        if len(words) != 4 or words[3] not in ("target", "nontarget"):
+            raise TrialError(f"{path}, line {number}: expected `score left right target|nontarget`")
+        scores.append(float(words[0]))
+        left.append(models.setdefault(words[1], len(models)))
+        right.append(tests.setdefault(words[2], len(tests)))
+        labels.append(words[3] == "target")
+    indices = np.array(left, np.int32), np.array(right, np.int32), np.array(labels, np.int8)
+    lines = np.arange(1, len(scores) + 1, dtype=np.int32)
+    return np.array(scores), Trials(list_name(path), str(path), list(models), list(tests), *indices, lines, {})
+
+
+def systems(paths: list[str], every: bool) -> list[tuple[str, dict[str, tuple[np.ndarray, Trials]]]]:
+    """[(name, {list: (scores, trials)})] of each report's last system, or of every system; names by folder."""
+    found = []
+    reports = [read_report(path) for path in paths]
+    folders = [where.resolve() for where, _ in reports]
+    for folder, (where, content) in zip(folders, reports):
+        lists = [entry for entry in content["lists"] if "systems" in entry]
+        names = list(dict.fromkeys(name for entry in lists for name in entry["scores"]))
+        for name in names if every else names[-1:]:
+            scored = {e["name"]: read_scores(where / e["scores"][name]) for e in lists if name in e["scores"]}
+            found.append((f"{_short(folder, folders)}: {name}", scored))
+    return found
+
+
+def _short(folder: Path, folders: list[Path]) -> str:
+    """The last parts of a path, as many as tell it from the others."""
+    for n in range(1, len(folder.parts)):
+        tail = folder.parts[-n:]
+        if sum(other.parts[-n:] == tail for other in folders) == 1:
+            return "/".join(tail)
+    return str(folder)
+
+
+def aligned(first: Trials, other: Trials) -> np.ndarray:
+    """Positions in `other` of the trials of `first`, whatever their order. Raises TrialError where the trials differ."""
+
+    def pairs(trials: Trials) -> list[tuple]:
+        return [
+            (trials.models[a], trials.tests[b], int(t)) for a, b, t in zip(trials.left, trials.right, trials.labels)
+        ]
+
+    place: dict[tuple, list[int]] = {}
+    for i, pair in enumerate(pairs(other)):
+        place.setdefault(pair, []).append(i)
+    found = []
+    for i, pair in enumerate(pairs(first)):
+        if not place.get(pair):
+            raise TrialError(
+                f"{first.path}, line {i + 1}: the trial {pair[0]} {pair[1]} is not in {other.path}; compare equal lists"
+            )
+        found.append(place[pair].pop(0))
+    if len(other) != len(first):
+        raise TrialError(f"{other.path} has {len(other)} trials, {first.path} has {len(first)}; compare equal lists")
+    return np.array(found)
+
+
+def compare(found: list, replicates: int, known: dict[str, str] | None = None) -> list[dict]:
+    """One row for each list and system: its figures, and those minus the first system's with paired intervals."""
+    rows = []
+    base_name, base = found[0]
+    for name, (base_scores, trials) in base.items():
+        left, right, _ = report.speaker_numbers(trials, known)
+        contradicting = int(((left == right) != (trials.labels == 1)).sum())
+        if contradicting:
+            raise TrialError(
+                f"{trials.path}: {contradicting} labels contradict the speakers in the names, so speakers cannot be drawn for"
+                " intervals; give --utt2spk FILE with `name speaker` lines"
+            )
+        drawn = bootstrap.replicate(base_scores, trials.labels, left, right, replicates)
+        base_figures = _figures(base_scores, trials.labels)
+        rows.append(
+            {"list": name, "system": base_name, "figures": base_figures, "interval": bootstrap.intervals(drawn)}
+        )
+        for system, lists in found[1:]:
+            if name not in lists:
+                raise TrialError(f"{system} has no list {name}; the others have: compare reports of equal lists")
+            scores = lists[name][0][aligned(trials, lists[name][1])]
+            own = bootstrap.replicate(scores, trials.labels, left, right, replicates)
+            figures = _figures(scores, trials.labels)
+            row = {"list": name, "system": system, "figures": figures, "interval": bootstrap.intervals(own)}
+            row["difference"] = {key: figures[key] - base_figures[key] for key in figures}
+            rows.append(row | {"difference_interval": bootstrap.intervals(own - drawn)})
+    return rows
+
+
+def _figures(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    found = metrics.figures(scores, labels)
+    return {name: found[name] for name in bootstrap.NAMES}
+
+
+def table(rows: list[dict]) -> list[list[str]]:
+    """The comparison as a table, head first."""
+    out = [
+        [
+            "list",
+            "system",
+            "EER %",
+            "95 %",
+            "minDCF 0.01",
+            "minDCF 0.05",
+            "EER difference",
+            "95 %",
+            "minDCF 0.01 difference",
+            "95 %",
+        ]
+    ]
+    for row in rows:
+        shown = row["figures"]
+        line = [row["list"], row["system"], f"{shown['eer']:.2f}", "{:.2f} to {:.2f}".format(*row["interval"]["eer"])]
+        line += [f"{shown['min_dcf_p01']:.4f}", f"{shown['min_dcf_p05']:.4f}"]
+        for name, digits in (("eer", 2), ("min_dcf_p01", 4)):
+            if "difference" not in row:
+                line += ["", ""]
+                continue
+            low, high = row["difference_interval"][name]
+            star = "" if low <= 0 <= high else " *"
+            line += [f"{row['difference'][name]:+.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}{star}"]
+        out.append(line)
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status (2: something the user gave is wrong)."""
+    parser = argparse.ArgumentParser(prog="spknet compare", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "reports", nargs="+", help="folders of evaluations, or their report.json; the first is the base"
+    )
+    parser.add_argument("--out", help="folder for compare.json and a DET picture of each list")
+    parser.add_argument("--every_system", action="store_true", help="all systems of each report, not only its last")
+    parser.add_argument("--bootstrap", type=int, default=report.REPLICATES, help="replicates")
+    parser.add_argument("--utt2spk", help="list `utterance speaker`, where names do not begin with the speaker")
+    chosen = parser.parse_args(argv)
+    try:
+        known = read_speakers(chosen.utt2spk) if chosen.utt2spk else None
+        found = systems(chosen.reports, chosen.every_system)
+        rows = compare(found, chosen.bootstrap, known)
+    except TrialError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report.text(table(rows)))
+    print("* the 95 % interval of the difference to the first system leaves out zero")
+    if chosen.out:
+        out = Path(chosen.out)
+        out.mkdir(parents=True, exist_ok=True)
+        report.write_json(out / "compare.json", {"version": report.VERSION, "rows": rows})
+        for name in found[0][1]:
+            curves = {system: (lists[name][0], lists[name][1].labels) for system, lists in found}
+            pictures.save(out / f"det-{name}.png", pictures.det(curves, name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

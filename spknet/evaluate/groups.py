@@ -1,0 +1,123 @@
+"""Where the errors are: figures by duration and by metadata, and thresholds chosen on one list as they do on another.
+
+A threshold for a false-alarm rate f is the lowest score that at most a fraction f of the non-targets of the list it is chosen
+on reach. A rate f is only claimed on at least 30/f non-targets: then about 30 errors are expected, and the rate's own
+standard error stays below a fifth of it.
+
+    by_group(scores, trials.labels, groups_left, groups_right, threshold); threshold_card(test, dev)
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from spknet.evaluate import metrics
+from spknet.evaluate.trials import TrialError, Trials, speaker_of
+
+RATES = (0.01, 0.001, 0.0001)  # false-alarm rates of the threshold card
+ERRORS_BEHIND = 30  # expected false alarms without which a rate is not claimed
+MOST_GROUPS = 40  # distinct values of a metadata column
+
+
+def by_group(scores, labels, left, right, threshold: float) -> list[dict]:
+    """Figures of the trials of each group. left, right: (n,) group names of the sides; trials between two groups stand apart.
+
+    FAR and FRR are those at one threshold for all, normally the list's own EER threshold; EER where a group has both classes.
+    """
+    left, right = np.asarray(left, dtype=str), np.asarray(right, dtype=str)
+    first, second = np.where(left <= right, left, right), np.where(left <= right, right, left)
+    names = np.where(left == right, left, np.char.add(np.char.add(first, " / "), second))
+    return [_group(str(name), scores, labels, names == name, threshold) for name in np.unique(names)]
+
+
+def by_duration(scores, labels, seconds: np.ndarray, threshold: float, groups: int = 4) -> list[dict]:
+    """The same for `groups` equal shares of the trials by the seconds (n,) of their shorter side."""
+    bounds = np.unique(np.quantile(seconds, np.linspace(0, 1, groups + 1)))
+    if len(bounds) < 2:
+        return [_group(f"{bounds[0]:.1f} s", scores, labels, np.ones(len(seconds), bool), threshold)]
+    place = np.clip(np.searchsorted(bounds, seconds, side="right") - 1, 0, len(bounds) - 2)
+    names = [f"{low:.1f} to {high:.1f} s" for low, high in zip(bounds[:-1], bounds[1:])]
+    return [_group(name, scores, labels, place == i, threshold) for i, name in enumerate(names)]
+
+
+def _group(name: str, scores, labels, chosen: np.ndarray, threshold: float) -> dict:
+    own, truth = scores[chosen], labels[chosen].astype(bool)
+    found = {"group": name, "trials": len(own), "targets": int(truth.sum())}
+    both = 0 < found["targets"] < len(own)
+    found["eer"] = metrics.eer(metrics.rates(own, truth)) if both else None
+    found["far"] = float((own[~truth] >= threshold).mean()) if not truth.all() else None
+    found["frr"] = float((own[truth] < threshold).mean()) if truth.any() else None
+    return found
+
+
+def read_metadata(path: str | Path) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Columns of a CSV, and its rows by the first column (a speaker or an utterance). Raises TrialError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            head = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter="\t" if "\t" in head else ",")
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TrialError(f"{path}: cannot read this metadata: {error}") from error
+    names = [name.strip() for name in reader.fieldnames or []]
+    if len(names) < 2 or not rows:
+        raise TrialError(f"{path}: expected a header, then rows whose first column names a speaker or an utterance")
+    plain = [{name.strip(): (value or "").strip() for name, value in row.items() if name} for row in rows]
+    return names[1:], {row[names[0]]: row for row in plain}
+
+
+def groups_of(trials: Trials, column: str, metadata: tuple, known: dict[str, str] | None = None):
+    """Values of a metadata column for the left and the right of each trial, (n,) and (n,) strings. Raises TrialError."""
+    columns, rows = metadata
+    if column not in columns:
+        raise TrialError(f"no column {column!r} in the metadata; there are {', '.join(columns)}")
+
+    def value(utterance: str) -> str:
+        row = rows.get(utterance) or rows.get(speaker_of(utterance, known))
+        return "not listed" if row is None else row.get(column) or "unknown"
+
+    left = [value(trials.utterances_of(model)[0]) for model in trials.models]
+    right = [value(test) for test in trials.tests]
+    distinct = set(left) | set(right)
+    if distinct == {"not listed"}:
+        raise TrialError(f"{trials.path}: the metadata knows none of this list's speakers or utterances")
+    if len(distinct) > MOST_GROUPS:
+        raise TrialError(
+            f"metadata column {column!r} has {len(distinct)} values in {trials.path}; at most {MOST_GROUPS} make groups"
+        )
+    return np.array(left)[trials.left], np.array(right)[trials.right]
+
+
+def threshold_card(test: tuple, dev: tuple | None) -> list[dict]:
+    """One row for each false-alarm rate: the threshold, chosen on dev (scores, labels), and the rates it gives on test.
+
+    Without dev the threshold comes from the test list itself and the row says `oracle`. `claimed` and its reason say whether
+    both lists have the non-targets for it; the threshold is None where the choosing list has too few.
+    """
+    chooser = test if dev is None else dev
+    scores, labels = (np.asarray(values) for values in test)
+    chosen_on = np.sort(np.asarray(chooser[0])[np.asarray(chooser[1]) == 0])[::-1]
+    targets, nontargets = scores[labels == 1], scores[labels == 0]
+    card = []
+    for rate in RATES:
+        needed = round(ERRORS_BEHIND / rate)
+        row = {"rate": rate, "chosen_on": "oracle" if dev is None else "dev", "nontargets_needed": needed}
+        row |= {"nontargets_chosen_on": len(chosen_on), "nontargets": len(nontargets)}
+        row |= {"threshold": None, "far": None, "frr": None}
+        row["claimed"] = min(len(chosen_on), len(nontargets)) >= needed
+        if len(chosen_on) >= needed:
+            threshold = _threshold(chosen_on, rate)
+            row["threshold"] = threshold
+            row["far"], row["frr"] = float((nontargets >= threshold).mean()), float((targets < threshold).mean())
+        card.append(row)
+    return card
+
+
+def _threshold(descending: np.ndarray, rate: float) -> float:
+    """The smallest threshold that at most a fraction `rate` of the scores reach: just above the first one too many."""
+    allowed = int(np.floor(rate * len(descending) + 1e-9))
+    return float(np.nextafter(descending[allowed], np.inf))

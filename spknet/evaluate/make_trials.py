@@ -1,0 +1,210 @@
+"""Trials from a data set: targets across sessions, impostors at random, of the same gender or hard.
+
+Speakers that a network was trained on make its errors look smaller than they are, so the command wants to know which
+speakers may be used: those a run kept out (--run), those of a file (--speakers), all but those of a file or list
+(--exclude), or, said aloud, --all_speakers. A session is what stands between speaker and file name (a video, a recording).
+
+    spknet trials --list all.txt --run runs/a --targets 100 --nontargets 100 --impostors same-gender \\
+        --metadata speakers.csv --out dev_list.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from shards.format import ShardError, atomic_write
+from spknet import rng
+from spknet.checkpoints.file import CheckpointError, load_network
+from spknet.evaluate import embeddings as kept
+from spknet.evaluate import scoring
+from spknet.evaluate.groups import read_metadata
+from spknet.evaluate.systems import trained_speakers
+from spknet.evaluate.trials import TrialError, open_text
+
+HARDEST = 10  # nearest speakers that hard impostors are drawn from
+TRIES = 50  # draws for one non-target before a speaker is given up: all its pairs are taken
+
+
+def session_of(utterance: str) -> str:
+    """What stands between speaker and file name."""
+    return utterance.rpartition("/")[0]
+
+
+def target_pairs(
+    utterances: list[str], limit: int, draw: np.random.Generator, same_session: bool = False
+) -> list[tuple]:
+    """At most `limit` pairs of one speaker's utterances, from two different sessions unless same_session."""
+    sessions = np.unique([session_of(u) for u in utterances], return_inverse=True)[1]
+    a, b = np.triu_indices(len(utterances), 1)
+    usable = np.flatnonzero((sessions[a] != sessions[b]) | same_session)
+    chosen = draw.choice(usable, min(limit, len(usable)), replace=False) if len(usable) else []
+    return [(utterances[a[i]], utterances[b[i]]) for i in sorted(chosen)]
+
+
+def nontarget_pairs(
+    speaker: str, others: list[str], of: dict[str, list[str]], limit: int, draw, taken: set
+) -> list[tuple]:
+    """At most `limit` pairs of a speaker's utterances with those of `others`, none in `taken` either way round."""
+    pairs = []
+    while others and len(pairs) < limit:
+        for _ in range(TRIES):
+            own = of[speaker][draw.integers(len(of[speaker]))]
+            theirs = of[others[draw.integers(len(others))]]
+            pair = (own, theirs[draw.integers(len(theirs))])
+            if pair not in taken and pair[::-1] not in taken:
+                break
+        else:
+            break
+        taken.add(pair)
+        pairs.append(pair)
+    return pairs
+
+
+def same_value(speakers: list[str], values: dict[str, str]) -> dict[str, list[str]]:
+    """For each speaker the others with the same value (gender); none for a speaker without one."""
+    return {s: [o for o in speakers if o != s and values.get(s) and values.get(o) == values[s]] for s in speakers}
+
+
+def nearest(of: dict[str, list[str]], embedded) -> dict[str, list[str]]:
+    """For each speaker the HARDEST others whose mean embeddings are nearest. Raises TrialError for an utterance without one."""
+    absent = next((u for own in of.values() for u in own if u not in embedded.rows), None)
+    if absent:
+        raise TrialError(f"hard impostors need an embedding of every utterance; there is none of {absent}")
+    rows, speakers = scoring.vectors(embedded.embeddings), list(of)
+    means = scoring.unit(np.stack([rows[[embedded.rows[u] for u in of[s]]].mean(axis=0) for s in speakers]))
+    likeness = means @ means.T
+    np.fill_diagonal(likeness, -np.inf)
+    order = np.argsort(-likeness, axis=1, kind="stable")[:, : min(HARDEST, len(speakers) - 1)]
+    return {speaker: [speakers[j] for j in order[i]] for i, speaker in enumerate(speakers)}
+
+
+def make(
+    of: dict[str, list[str]], others: dict[str, list[str]], targets: int, nontargets: int, seed: int, same_session=False
+):
+    """Lines `label a b` in a shuffled order, and what to tell the user. of: utterances of each speaker; others: its impostors."""
+    trials, lonely, taken = [], 0, set()
+    for number, speaker in enumerate(sorted(of)):
+        draw = rng.stream(seed, 0, "trials", number)
+        own = target_pairs(sorted(of[speaker]), targets, draw, same_session)
+        lonely += not own
+        trials += [f"1 {a} {b}" for a, b in own]
+        trials += [f"0 {a} {b}" for a, b in nontarget_pairs(speaker, others[speaker], of, nontargets, draw, taken)]
+    count = sum(line.startswith("1") for line in trials)
+    if count in (0, len(trials)):
+        raise TrialError(
+            f"{count} targets and {len(trials) - count} non-targets from {len(of)} speakers: both are needed;"
+            " more speakers, utterances from several sessions, or --same_session"
+        )
+    order = rng.stream(seed, 0, "trial order").permutation(len(trials))
+    said = [f"{count} targets, {len(trials) - count} non-targets, {len(of)} speakers"]
+    if lonely:
+        said.append(f"{lonely} speakers have no pair from two sessions and only serve as impostors")
+    return [trials[i] for i in order], said
+
+
+def _utterances(chosen: argparse.Namespace) -> dict[str, list[str]]:
+    of: dict[str, list[str]] = {}
+    if chosen.shards:
+        from shards.reader import open_shards
+
+        data = open_shards(chosen.shards)
+        for s, speaker in enumerate(data.speakers):
+            first, last = int(data.speaker_rows[s]), int(data.speaker_rows[s + 1])
+            of[str(speaker)] = [data.key(row) for row in range(first, last)]
+        return of
+    for number, line in open_text(chosen.list):
+        words = line.split()
+        if len(words) != 2:
+            raise TrialError(f"{chosen.list}, line {number}: {len(words)} columns; expected `speaker path`")
+        of.setdefault(words[0], []).append(words[1])
+    return of
+
+
+def _allowed(chosen: argparse.Namespace, speakers: list[str]) -> list[str]:
+    """The speakers that trials may be made of."""
+    if chosen.all_speakers:
+        return speakers
+    if chosen.run:
+        _, config, meta = load_network(chosen.run)
+        trained = trained_speakers(config, meta)
+        if trained is None:
+            raise TrialError(
+                f"{chosen.run} does not say which speakers it was trained on; give --exclude TRAINING_LIST"
+            )
+        return without(speakers, trained)
+    if chosen.speakers or chosen.exclude:
+        named = {line.split()[0] for _, line in open_text(chosen.speakers or chosen.exclude) if line.strip()}
+        return [s for s in speakers if (s in named) == bool(chosen.speakers)]
+    raise TrialError(
+        "which speakers may be used? Never those a network was trained on: give --run RUN (all but its training speakers),"
+        " --speakers FILE, --exclude FILE, or --all_speakers"
+    )
+
+
+def without(speakers: list[str], trained: list[str]) -> list[str]:
+    """Speakers that a network was not trained on.
+
+    Several data sets together call their speakers SET/SPEAKER, one alone SPEAKER. Where the two sides do it differently, a
+    speaker is left out if the name without SET is that of any training speaker.
+    """
+    if any("/" in s for s in speakers) == any("/" in s for s in trained):
+        return [s for s in speakers if s not in set(trained)]
+    last = {s.rpartition("/")[2] for s in trained}
+    return [s for s in speakers if s.rpartition("/")[2] not in last]
+
+
+def _impostors(chosen: argparse.Namespace, of: dict[str, list[str]]) -> dict[str, list[str]]:
+    speakers = sorted(of)
+    if chosen.impostors == "same-gender":
+        if not chosen.metadata:
+            raise TrialError("--impostors same-gender needs --metadata CSV with the speakers in its first column")
+        columns, rows = read_metadata(chosen.metadata)
+        if chosen.gender_column not in columns:
+            raise TrialError(f"{chosen.metadata}: no column {chosen.gender_column!r}; there are {', '.join(columns)}")
+        return same_value(speakers, {s: rows[s][chosen.gender_column] for s in speakers if s in rows})
+    if chosen.impostors == "hard":
+        if not chosen.embeddings:
+            raise TrialError("--impostors hard needs --embeddings FOLDER, written by `spknet embed`")
+        return nearest({s: of[s] for s in speakers}, kept.load(chosen.embeddings)[0])
+    return {s: [o for o in speakers if o != s] for s in speakers}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status (2: something the user gave is wrong)."""
+    parser = argparse.ArgumentParser(prog="spknet trials", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--list", help="lines `speaker path`")
+    where.add_argument("--shards", nargs="+", help="packed data sets")
+    add("--out", required=True, help="list to write, `1|0 utterance utterance` a line")
+    add("--run", help="a run: its training speakers are not used, those it kept out are")
+    add("--speakers", help="file of the speakers to use, one a line")
+    add("--exclude", help="file or training list whose first column names speakers not to use")
+    add("--all_speakers", action="store_true", help="use all: no network was or will be trained on them")
+    add("--targets", type=int, default=50, help="most target trials of a speaker")
+    add("--nontargets", type=int, default=50, help="most non-target trials that a speaker begins")
+    add("--same_session", action="store_true", help="allow targets from one session (they test the recording as well)")
+    add("--impostors", choices=("random", "same-gender", "hard"), default="random")
+    add("--metadata", help="CSV with a gender column")
+    add("--gender_column", default="gender")
+    add("--embeddings", help="folder of embeddings, for hard impostors")
+    add("--seed", type=int, default=0)
+    chosen = parser.parse_args(argv)
+    try:
+        of = _utterances(chosen)
+        of = {speaker: of[speaker] for speaker in _allowed(chosen, sorted(of))}
+        lines, said = make(
+            of, _impostors(chosen, of), chosen.targets, chosen.nontargets, chosen.seed, chosen.same_session
+        )
+    except (TrialError, ShardError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    Path(chosen.out).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(chosen.out) as file:
+        file.write("".join(line + "\n" for line in lines).encode())
+    print(f"{chosen.out}: " + "; ".join(said))
+    return 0

@@ -1,0 +1,125 @@
+"""Fixed front ends: waves -> normalised spectra, inside the network, so that whoever has the network has its features.
+
+    scale -> pre-emphasis y[t] = x[t] - 0.97 x[t-1] -> 25 ms windows every 10 ms -> |FFT| or mel energies (+ 1e-6, log)
+          -> each band minus its mean over the crop, divided by its deviation (instance norm, eps 1e-5)
+
+Filters are triangles on the HTK mel scale, mel = 2595 log10(1 + f / 700), as torchaudio makes them. The computation runs
+in the precision of the module's buffers whatever the autocast (bfloat16 has 8 bits: a log spectrum needs more), and
+without a gradient. Masks of SpecAugment (Park et al., 2019) are applied last, where 0 is the mean of the crop.
+
+    LogMel(sample_rate=16000, n_mels=40)(waves)  # (batch, samples) -> (batch, 40, frames)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PRE_EMPHASIS = 0.97
+INT16 = 32768.0
+FLOOR = 1e-6  # added to mel energies; what "silence" is depends on the input scale
+
+
+def mel_filters(n_bins: int, n_mels: int, sample_rate: int, low: float = 0.0, high: float | None = None) -> Tensor:
+    """Triangles of peak 1 from `low` to `high` Hz (half the sample rate), equally wide in mel: (n_bins, n_mels)."""
+    frequencies = torch.linspace(0, sample_rate / 2, n_bins, dtype=torch.float64)
+    ends = (2595 * math.log10(1 + hz / 700) for hz in (low, high or sample_rate / 2))
+    corners = 700 * (10 ** (torch.linspace(*ends, n_mels + 2, dtype=torch.float64) / 2595) - 1)
+    rising = (frequencies[:, None] - corners[:-2]) / (corners[1:-1] - corners[:-2])
+    falling = (corners[2:] - frequencies[:, None]) / (corners[2:] - corners[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0).float()
+
+
+def instance_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each row minus its mean, over its deviation: (..., frames) -> the same shape."""
+    variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + eps)
+
+
+def pre_emphasis(waves: Tensor, taps: Tensor) -> Tensor:
+    """taps[0] x[t-1] + taps[1] x[t], with x[-1] = x[1] (reflection): (batch, samples) -> the same shape."""
+    previous = torch.cat([waves[:, 1:2], waves[:, :-1]], dim=1)
+    return taps[0] * previous + taps[1] * waves
+
+
+def apply_masks(features: Tensor, masks: Tensor | None) -> Tensor:
+    """Sets masked bands and frames to 0, the mean of normalised features.
+
+    features: (batch, bands, frames); masks: (batch, 2 K, 2), the fractions [start, end) of K bands, then of K time spans.
+    """
+    if masks is None:
+        return features
+
+    def outside(spans: Tensor, n: int) -> Tensor:
+        centres = (torch.arange(n, device=features.device, dtype=masks.dtype) + 0.5) / n
+        inside = (centres >= spans[:, :, :1]) & (centres < spans[:, :, 1:])  # (batch, K, n)
+        return ~inside.any(dim=1)
+
+    _, bands, frames = features.shape
+    half = masks.shape[1] // 2
+    keep = outside(masks[:, :half], bands)[:, :, None] & outside(masks[:, half:], frames)[:, None, :]
+    return features * keep.to(features.dtype)
+
+
+class Spectrum(nn.Module):
+    """Short-time spectra, instance-normalised: the magnitude of every bin, or mel energies.
+
+    n_mels 0: magnitudes |FFT| of n_fft/2 + 1 bins, whole windows only. Otherwise power spectra through mel filters, the
+    first window centred on sample 0 (reflection at the ends), `log` of them or not.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        n_mels: int = 0,
+        *,
+        window: str = "hamming",
+        log: bool = True,
+        emphasis: bool = False,
+        input_scale: str = "unit",
+    ):
+        super().__init__()
+        length = round(0.025 * sample_rate)
+        self.hop = round(0.010 * sample_rate)
+        self.n_fft = 2 ** math.ceil(math.log2(length))
+        self.n_mels, self.log = n_mels, log
+        self.scale = INT16 if input_scale == "int16" else 1.0
+        make = torch.hann_window if window == "hann" else torch.hamming_window
+        self.register_buffer("window", make(length))
+        if n_mels:
+            self.register_buffer("filters", mel_filters(self.n_fft // 2 + 1, n_mels, sample_rate))
+        self.register_buffer("taps", torch.tensor([-PRE_EMPHASIS, 1.0]) if emphasis else None)
+
+    @property
+    def bands(self) -> int:
+        return self.n_mels or self.n_fft // 2 + 1
+
+    @torch.compiler.disable  # complex numbers are not compiled anyway: break the graph once, here, without a warning
+    @torch.no_grad()
+    def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
+        """waves: (batch, samples) in [-1, 1] -> (batch, bands, frames), in the precision of the buffers."""
+        with torch.autocast(waves.device.type, enabled=False):
+            waves = waves.to(self.window.dtype) * self.scale
+            if self.taps is not None:
+                waves = pre_emphasis(waves, self.taps)
+            x = self.mel(waves) if self.n_mels else self.magnitude(waves)  # (batch, frames, bands)
+            return apply_masks(instance_norm(x.mT.contiguous()), masks)
+
+    def magnitude(self, waves: Tensor) -> Tensor:
+        return self.power(waves, center=False).sqrt()
+
+    def mel(self, waves: Tensor) -> Tensor:
+        energies = self.power(waves, center=True) @ self.filters + FLOOR
+        return energies.log() if self.log else energies
+
+    def power(self, waves: Tensor, center: bool) -> Tensor:
+        """|FFT|^2 of windowed frames: (batch, frames, bins)."""
+        if center:
+            waves = F.pad(waves[:, None], (self.n_fft // 2, self.n_fft // 2), mode="reflect")[:, 0]
+        spectrum = torch.stft(
+            waves, self.n_fft, self.hop, len(self.window), self.window, center=False, return_complex=True
+        )
+        return torch.view_as_real(spectrum.mT).square().sum(dim=-1)

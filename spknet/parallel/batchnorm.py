@@ -1,0 +1,138 @@
+"""BatchNorm over the global batch, on CPUs too (torch's SyncBatchNorm refuses CPU tensors).
+
+Every rank holds equally many rows. Forward: each rank's mean and variance are gathered (2 C numbers) and combined exactly,
+
+    mean = 1/W sum_r mean_r        var = 1/W sum_r [var_r + (mean_r - mean)^2]                    (Chan et al. 1979)
+
+which, unlike sums of squares, loses nothing where the mean is large; then x is normalised by the fused kernel that
+evaluation uses. Backward: with x^ = (x - mean) / sqrt(var + eps) and n rows in all,
+
+    dL/dx = w / sqrt(var + eps) * [dy - 1/n sum(dy) - x^ 1/n sum(dy x^)]                         (Ioffe & Szegedy 2015)
+
+where both sums go over all ranks (2 C numbers, gathered). dw and db are left as this rank's own sums: DDP averages
+them like every other parameter's gradient. One custom operator, so that torch.compile keeps it in the graph.
+
+    model = globalize(model)  # replaces every nn.BatchNorm; names of parameters stay
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from spknet.parallel.gather import gather_detached, world_size
+
+
+@torch.library.custom_op("spknet::batch_norm_global", mutates_args=())
+def _normalize(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    variance, mean = _moments(x, weight.dtype)
+    if world_size() > 1:
+        every = gather_detached(torch.stack([mean, variance])[None])  # (W, 2, channels)
+        mean = every[:, 0].mean(0)
+        variance = (every[:, 1] + (every[:, 0] - mean).square()).mean(0)
+    y = torch.ops.aten.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+    return y, mean, variance
+
+
+def _moments(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    # The training kernel is the fastest way to this rank's statistics of a channels-last or half-precision tensor; with
+    # momentum 1 it leaves them in the running buffers, the variance with Bessel's correction, which is taken back here.
+    channels, count = x.shape[1], x.numel() // x.shape[1]
+    if count == 1:  # the correction would be 0 times infinity
+        mean = x.reshape(channels).to(dtype, copy=True)
+        return torch.zeros_like(mean), mean
+    mean, variance = x.new_zeros(channels, dtype=dtype), x.new_ones(channels, dtype=dtype)
+    torch.ops.aten.batch_norm_update_stats(x, mean, variance, 1.0)
+    return variance * ((count - 1) / count), mean
+
+
+@_normalize.register_fake
+def _(x, weight, bias, eps):
+    return torch.empty_like(x), weight.new_empty(x.shape[1]), weight.new_empty(x.shape[1])
+
+
+@torch.library.custom_op("spknet::batch_norm_global_backward", mutates_args=())
+def _backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inverse = torch.rsqrt(variance + eps)
+    scale = weight * inverse
+    one_type = x.dtype == weight.dtype
+    dx, dw, db = torch.ops.aten.native_batch_norm_backward(
+        dy, x, weight, mean, variance, mean, inverse, False, eps, [not one_type, True, True]
+    )
+    sums = torch.stack([dw, db])
+    if world_size() > 1:  # gloo gathers a few numbers more than twice as fast as it reduces them (0.6 against 1.6 ms)
+        sums = gather_detached(sums[None]).sum(0)
+    # The part that depends on the sums is linear in x^, so the fused kernel of the forward pass makes it.
+    factor = -scale / (world_size() * (x.numel() // x.shape[1]))
+    rest = torch.ops.aten.native_batch_norm(x, factor * sums[0], factor * sums[1], mean, variance, False, 0.0, eps)[0]
+    if one_type:  # one pass less than adding; where types differ, addcmul on CPU costs ten times as much
+        dx = rest.addcmul_(dy, scale.view(-1, *[1] * (x.dim() - 2)))
+    else:
+        dx.add_(rest)
+    return dx, dw, db
+
+
+@_backward.register_fake
+def _(dy, x, weight, mean, variance, eps):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, _, eps = inputs
+    ctx.save_for_backward(x, weight, output[1], output[2])
+    ctx.eps = eps
+
+
+def _autograd(ctx, dy, _mean, _variance):
+    x, weight, mean, variance = ctx.saved_tensors
+    dy = dy.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else dy.contiguous()
+    return (*_backward(dy, x, weight, mean, variance, ctx.eps), None)
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+_normalize.register_autograd(_autograd, setup_context=_setup)
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A BatchNorm whose training statistics are those of all ranks' rows. x: (batch, channels, ...)."""
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"BatchNorm wants (batch, channels, ...), found shape {tuple(x.shape)}")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        self._check_input_dim(x)
+        weight = self.weight if self.affine else torch.ones_like(self.running_mean)
+        bias = self.bias if self.affine else torch.zeros_like(self.running_mean)
+        y, mean, variance = _normalize(x, weight, bias, self.eps)
+        if self.track_running_stats and self.momentum:
+            n = world_size() * (x.numel() // x.shape[1])
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
+        return y
+
+
+def globalize(module: nn.Module) -> nn.Module:
+    """Replaces every nn.BatchNorm in `module` by one over the global batch, keeping parameters, buffers and names."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, GlobalBatchNorm):
+            settings = (child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            new = GlobalBatchNorm(*settings)
+            new.weight, new.bias, new.training = child.weight, child.bias, child.training
+            for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+                setattr(new, buffer, getattr(child, buffer))
+            setattr(module, name, new)
+        else:
+            globalize(child)
+    return module

@@ -1,0 +1,98 @@
+"""What is trained: network and loss in one module, so that DDP sees the loss's parameters too; and the two ways to its
+gradient: at once, or chunk by chunk with the same result.
+
+Chunked (GradCache, Gao et al. 2021, arXiv 2101.06983): embed all crops without a graph; take the loss's gradient with
+respect to the embeddings; embed chunk by chunk again, with a graph, pushing that gradient through. Memory is that of one
+chunk, the gradient is that of the whole batch. Trainable BatchNorm sees chunks in both passes, so its statistics are per
+chunk (over all ranks); where BatchNorm is frozen or absent the gradient is exactly the unchunked one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+
+from spknet.data import dither
+from spknet.data.augment import mix
+from spknet.data.batches import Batch
+from spknet.parallel.ranks import Ranks, average_gradients
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class SpeakerTask(nn.Module):
+    """Waves -> loss. forward(waves, masks, labels, draws) -> (L_r, accuracy in percent); see spknet.losses."""
+
+    def __init__(self, model: nn.Module, loss: nn.Module, utterances_per_speaker: int, precision: str):
+        super().__init__()
+        self.model, self.loss = model, loss
+        self.utterances_per_speaker, self.half = utterances_per_speaker, AUTOCAST.get(precision)
+
+    def embed(self, waves: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
+        """(n, samples) -> (n, dimensions), at least float32."""
+        with torch.autocast(waves.device.type, self.half) if self.half else contextlib.nullcontext():
+            embeddings = self.model(waves, masks)
+        return embeddings.to(waves.dtype)
+
+    def score(self, embeddings, labels, draws):
+        """(n, dimensions), rows speaker by speaker -> (L_r, accuracy)."""
+        return self.loss(embeddings.unflatten(0, (-1, self.utterances_per_speaker)), labels, draws)
+
+    def forward(self, waves, masks, labels, draws):
+        return self.score(self.embed(waves, masks), labels, draws)
+
+
+def prepare(batch: Batch, samples: int, dtype: torch.dtype, device: torch.device, dithered: float = 0.0) -> tuple:
+    """The arguments of SpeakerTask.forward: augmented waves (n, samples), masks or None, labels, draws.
+
+    dithered: deviation of the noise that is added last, 16-bit steps.
+    """
+    crops, augment, labels, draws = batch.to(device)
+    waves = mix(crops, augment, samples, dtype)
+    if dithered:
+        waves = dither.add(waves, augment["dither"], dithered)
+    return waves, augment.get("masks"), labels, draws
+
+
+def step_at_once(parallel: nn.Module, inputs: tuple, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward and backward of the whole share; DDP reduces while it goes back. scale: loss -> scaled loss (fp16)."""
+    loss, accuracy = parallel(*inputs)
+    scale(loss).backward()
+    return loss.detach(), accuracy.detach()
+
+
+def step_in_chunks(task: SpeakerTask, inputs: tuple, scale, chunk: int, me: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same gradient with the memory of `chunk` utterances. Gradients are reduced once, at the end."""
+    waves, masks, labels, draws = inputs
+    parts = list(zip(waves.split(chunk), masks.split(chunk) if masks is not None else [None] * len(waves)))
+    with torch.no_grad():
+        embeddings = torch.cat([task.embed(*part) for part in parts])
+    embeddings.requires_grad_()
+    loss, accuracy = task.score(embeddings, labels, draws)
+    scale(loss).backward()
+    with _running_statistics_kept(task.model):
+        for part, gradient in zip(parts, embeddings.grad.split(chunk)):
+            task.embed(*part).backward(gradient)
+    average_gradients(task.parameters(), me)
+    return loss.detach(), accuracy.detach()
+
+
+@contextlib.contextmanager
+def _running_statistics_kept(model: nn.Module):
+    # The first pass has counted these crops already.
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
+    for layer in layers:
+        layer.momentum, layer.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for layer, (momentum, tracked) in zip(layers, before):
+            layer.momentum, layer.num_batches_tracked = momentum, tracked
+
+
+def train_batchnorm(model: nn.Module) -> bool:
+    """Whether some BatchNorm of the network uses the statistics of the batch."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())

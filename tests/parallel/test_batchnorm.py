@@ -1,0 +1,85 @@
+"""Global BatchNorm on W ranks against torch's own BatchNorm on the whole batch."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from spknet.parallel.batchnorm import GlobalBatchNorm, globalize
+from tests.ranks import run_ranks
+
+
+def data(channels_last):
+    generator = torch.Generator().manual_seed(3)
+    x = 5 + 2 * torch.randn(8, 6, 5, 4, dtype=torch.float64, generator=generator)
+    dy = torch.randn(8, 6, 5, 4, dtype=torch.float64, generator=generator)
+    layer = nn.BatchNorm2d(6, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(6, generator=generator) + 0.5)
+        layer.bias.copy_(torch.randn(6, generator=generator))
+    return (x.to(memory_format=torch.channels_last) if channels_last else x), dy, layer
+
+
+def run(layer, x, dy):
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    return y.detach(), x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean.clone(), layer.running_var.clone()
+
+
+def of_rank(rank, world, channels_last):
+    x, dy, layer = data(channels_last)
+    rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    layer = globalize(nn.Sequential(copy.deepcopy(layer)))[0]
+    assert isinstance(layer, GlobalBatchNorm)
+    return [t.numpy() for t in run(layer, x[rows], dy[rows])]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_output_gradients_and_statistics_equal_those_of_the_whole_batch(world, channels_last):
+    x, dy, layer = data(channels_last)
+    expected = run(layer, x, dy)
+    every = [list(map(torch.from_numpy, r)) for r in run_ranks(world, of_rank, channels_last)]
+    for i in (0, 1):  # outputs and input gradients: rank after rank
+        torch.testing.assert_close(torch.cat([r[i] for r in every]), expected[i], rtol=1e-12, atol=1e-12)
+    for i in (2, 3):  # parameter gradients: DDP's mean times W
+        torch.testing.assert_close(sum(r[i] for r in every), expected[i], rtol=1e-12, atol=1e-12)
+    for i in (4, 5):
+        for r in every:
+            torch.testing.assert_close(r[i], expected[i], rtol=1e-12, atol=1e-12)
+
+
+def one_row(rank, world):
+    x = torch.arange(12, dtype=torch.float64).reshape(4, 3).square()[rank::world]
+    return [t.numpy() for t in run(globalize(nn.Sequential(nn.BatchNorm1d(3, dtype=torch.float64)))[0], x, x.cos())]
+
+
+def test_one_value_a_channel_on_each_rank_is_enough():
+    x = torch.arange(12, dtype=torch.float64).reshape(4, 3).square()
+    expected = run(nn.BatchNorm1d(3, dtype=torch.float64), x, x.cos())
+    every = [list(map(torch.from_numpy, r)) for r in run_ranks(4, one_row)]
+    for i in (0, 1):
+        torch.testing.assert_close(torch.cat([r[i] for r in every]), expected[i], rtol=1e-12, atol=1e-12)
+    for i in (4, 5):
+        torch.testing.assert_close(every[0][i], expected[i], rtol=1e-12, atol=1e-12)
+
+
+def test_evaluation_is_untouched_and_names_stay():
+    plain = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3))
+    ours = globalize(copy.deepcopy(plain)).eval()
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    x = torch.randn(4, 2, 9)
+    assert torch.equal(ours(x), plain.eval()(x))
+
+
+def test_gradient_by_finite_differences():
+    layer = GlobalBatchNorm(3).double()
+    x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_input_without_channels_is_an_error():
+    with pytest.raises(ValueError, match=r"found shape \(4,\)"):
+        GlobalBatchNorm(4)(torch.zeros(4))

@@ -1,0 +1,328 @@
+"""How fast crops come out of shards, and what the index costs: every figure beside what it is compared with, in one run.
+
+    crops     random 2 s crops a second: the reader; whole files read with soundfile and cut (voxceleb_trainer's way); a bare
+              loop of os.preadv into a preallocated array; FLAC shards; the whole DataLoader with one worker
+    packing   bytes a second beside `cp` and `sha256sum` of the same files; memory of the list per utterance
+    index     a synthetic index (no tars) of --index-rows rows: opening, memory of a further worker, rows of a batch of 512,
+              the sampler's plan of an epoch
+
+Usage: python -m tools.bench loader --index-rows 1092009 10000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+import wave
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from shards import format, index, plan
+from shards.pack import pack
+from shards.reader import Utterances, open_shards
+
+RATE = 16000
+CROP = 2 * RATE  # samples
+BATCH = 256
+BATCHES = 8
+
+
+def best(function, seconds: float = 2.0) -> float:
+    """The least seconds of one call, over at least three calls and `seconds` in all."""
+    times = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def make_wavs(folder: Path, utterances: int, speakers: int) -> list[tuple[str, str, str]]:
+    """Noise of 4 to 12 s in WAV files; (speaker, key, path) of each."""
+    rng = np.random.default_rng(0)
+    entries = []
+    for i in tqdm(range(utterances), "noise", unit=" files", delay=5):
+        key = f"id{i % speakers:05d}/a/{i:05d}"
+        path = folder / f"{key}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Speech-like enough for FLAC: a random walk is compressed to about half, as VoxCeleb is.
+        steps = rng.normal(0, 300, int(rng.integers(4 * RATE, 12 * RATE)))
+        samples = (np.convolve(steps, np.ones(8), "same")).astype("<i2")
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, RATE, 0, "NONE", ""))
+            file.writeframes(samples.tobytes())
+        entries.append((key.split("/")[0], key, str(path)))
+    return entries
+
+
+def draw(utterances: Utterances, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, len(utterances), n)
+    spare = utterances.samples[rows].astype(np.int64) - CROP
+    return rows, (rng.random(n) * (spare + 1)).astype(np.int64)
+
+
+def whole_files(paths: list[str], starts: np.ndarray, out: np.ndarray) -> None:
+    """voxceleb_trainer's loading: the whole file with soundfile (float64), then the crop, as float32."""
+    for i, (path, start) in enumerate(zip(paths, starts.tolist())):
+        audio, _ = soundfile.read(path)
+        out[i] = audio[start : start + CROP]
+
+
+def bare_preadv(fds: list[int], offsets: list[int], out: np.ndarray) -> None:
+    target, nbytes = memoryview(out.reshape(-1)).cast("B"), 2 * CROP
+    for i, (fd, offset) in enumerate(zip(fds, offsets)):
+        os.preadv(fd, (target[i * nbytes : (i + 1) * nbytes],), offset)
+
+
+def bench_crops(folder: Path, entries: list, seconds: float) -> None:
+    pack(entries, folder / "wav", shard_bytes=2**26, progress=False)
+    pack(entries, folder / "flac", shard_bytes=2**26, codec="flac", progress=False)
+    wav, flac = open_shards(folder / "wav"), open_shards(folder / "flac")
+    path_of = {key: path for _, key, path in entries}
+    opened = index.open_index(folder / "wav")
+    fds = [os.open(folder / "wav" / index.tar_name(i), os.O_RDONLY) for i in range(len(opened.tars))]
+    batches = []
+    for seed in range(BATCHES):
+        rows, starts = draw(wav, BATCH, seed)
+        table = opened.rows[rows]
+        places = [fds[shard] for shard in table["shard"].tolist()]
+        offsets = (table["offset"] + 2 * starts.astype(np.uint64)).tolist()
+        batches.append((rows, starts, places, offsets, [path_of[wav.key(row)] for row in rows.tolist()]))
+    out, floats = np.empty((BATCH, CROP), np.int16), np.empty((BATCH, CROP), np.float32)
+    ways = {
+        "reader, WAV shards": lambda rows, starts, places, offsets, paths: wav.read_batch(rows, starts, out),
+        "bare os.preadv": lambda rows, starts, places, offsets, paths: bare_preadv(places, offsets, out),
+        "whole files, soundfile": lambda rows, starts, places, offsets, paths: whole_files(paths, starts, floats),
+        "reader, FLAC shards": lambda rows, starts, places, offsets, paths: flac.read_batch(rows, starts, out),
+    }
+    speed = crops_per_second(ways, batches, seconds)
+    for fd in fds:
+        os.close(fd)
+    reader = speed["reader, WAV shards"]
+    for name, value in speed.items():
+        print(f"crops  {name:<28}{value:>12,.0f} /s/core   reader / this = {reader / value:.2f}")
+    size = {name: sum(path.stat().st_size for path in (folder / name).glob("*.tar")) for name in ("wav", "flac")}
+    print(f"crops  FLAC shards are {size['flac'] / size['wav']:.2f} x the bytes of WAV shards (of this noise)")
+
+
+def crops_per_second(ways: dict, batches: list, seconds: float) -> dict[str, float]:
+    """Crops a second of a core's own time for each way: median over batches.
+
+    The ways take turns, so that a busy neighbour slows all of them; the batches differ, or the CPU's cache would serve them.
+    """
+    times = {name: [] for name in ways}
+    end = time.perf_counter() + seconds * len(ways)
+    while time.perf_counter() < end or len(times[min(ways)]) < 3:
+        batch = batches[len(times[min(ways)]) % len(batches)]
+        for name, way in ways.items():
+            start = time.process_time()
+            way(*batch)
+            times[name].append(time.process_time() - start)
+    return {name: BATCH / float(np.median(values)) for name, values in times.items()}
+
+
+def bench_dataloader(folder: Path, seconds: float) -> None:
+    """The whole DataLoader (one worker process, int16 batch of 256) beside the reader alone on the same rows, both per core."""
+    from spknet.data import batches as data
+    from spknet.options import parse
+    from spknet.parallel import ranks as distributed
+
+    words = [
+        "--data.train_shards",
+        str(folder / "wav"),
+        "--data.speakers_per_batch",
+        str(BATCH // 2),
+        "--data.workers",
+        "1",
+    ]
+    config = parse([*words, "--data.max_utterances_per_speaker", "1000000"])
+    corpus = data.Corpus.open(config.data, 0)
+    me = distributed.Ranks()
+    drawn = [draw(corpus.utterances, BATCH, seed) for seed in range(BATCHES)]
+    out = np.empty((BATCH, CROP), np.int16)
+    ways = {"reader": lambda rows, starts: corpus.utterances.read_batch(rows, starts, out)}
+    alone = crops_per_second(ways, drawn, seconds)["reader"]
+    # Two lengths: the difference is without the worker's start.
+    few, many = round(seconds * 30), round(seconds * 150)
+    own, wall = [], []
+    for steps in (few, many):
+        before, start = children_seconds(), time.perf_counter()
+        for _ in data.loader(config, corpus, me, 0, steps):
+            pass
+        wall.append(time.perf_counter() - start)
+        own.append(children_seconds() - before)
+    crops = BATCH * (many - few)
+    each, overall = crops / (own[1] - own[0]), crops / (wall[1] - wall[0])
+    print(f"crops  DataLoader, 1 worker         {each:>12,.0f} /s/core   DataLoader / reader = {each / alone:.2f}")
+    print(f"crops  DataLoader, 1 worker         {overall:>12,.0f} /s")
+
+
+def children_seconds() -> float:
+    """CPU seconds of this process's children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def bench_packing(folder: Path, entries: list) -> None:
+    paths = [path for _, _, path in entries]
+    size = sum(os.stat(path).st_size for path in paths)
+
+    names = "\0".join(paths).encode()
+
+    def copy_and_sum() -> None:
+        shutil.rmtree(folder / "copy", ignore_errors=True)
+        (folder / "copy").mkdir()
+        copy = ["xargs", "-0", "cp", "--parents", "-t", str(folder / "copy")]
+        subprocess.run(copy, input=names, check=True)
+        subprocess.run(["xargs", "-0", "sha256sum"], input=names, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["sync", "-f", str(folder / "copy")], check=True)
+
+    def pack_all() -> None:
+        shutil.rmtree(folder / "packed", ignore_errors=True)
+        pack(entries, folder / "packed", shard_bytes=2**26, progress=False)
+
+    used = {"pack": [], "cp, sha256sum, sync": []}
+    for _ in range(3):
+        for name, function, clock in (
+            ("pack", pack_all, time.process_time),
+            ("cp, sha256sum, sync", copy_and_sum, children_seconds),
+        ):
+            start, started = clock(), time.perf_counter()
+            function()
+            used[name].append((clock() - start, time.perf_counter() - started))
+    (ours, ours_wall), (theirs, theirs_wall) = (np.min(values, axis=0) for values in used.values())
+    print(
+        f"packing  pack, 1 process      {size / ours / 1e6:>8,.0f} MB/s/core {size / ours_wall / 1e6:>8,.0f} MB/s with the disk"
+    )
+    print(
+        f"packing  cp, sha256sum, sync  {size / theirs / 1e6:>8,.0f} MB/s/core {size / theirs_wall / 1e6:>8,.0f} MB/s with the disk"
+        f"   pack / this = {theirs / ours:.2f} and {theirs_wall / ours_wall:.2f}"
+    )
+    peaks = []
+    for n in (10000, 50000):
+        tracemalloc.start()
+        plan.make_entries(_fake_list(n))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    print(f"packing  memory of the list: {(peaks[1] - peaks[0]) / 40000:.0f} bytes an utterance (VoxCeleb2-like names)")
+
+
+def _fake_list(n: int):
+    for i in range(n):
+        key = f"id{i // 180:05d}/21Uxsk56VDQ/{i % 180:05d}"
+        yield key[:7], key, f"/data/voxceleb2/dev/aac/{key}.m4a"
+
+
+def synthetic_index(out: Path, n: int, utterances_per_speaker: int = 182) -> None:
+    """An index of n rows in tars of 4,000 utterances that do not exist, with the lengths of VoxCeleb2."""
+    rng = np.random.default_rng(0)
+    numbers = np.arange(n)
+    speaker = numbers // utterances_per_speaker
+    keys = np.empty(n, "S25")
+    octets = keys.view(np.uint8).reshape(n, 25)
+    octets[:] = np.frombuffer(b"id0000000/abcdefghijk/000", np.uint8)
+    for digit in range(7):
+        octets[:, 8 - digit] = 48 + speaker // 10**digit % 10
+    for digit in range(3):
+        octets[:, 24 - digit] = 48 + numbers % utterances_per_speaker // 10**digit % 10
+    rows = np.zeros(n, format.ROW)
+    rows["samples"] = rng.integers(4 * RATE, 12 * RATE, n)
+    rows["nbytes"] = 2 * rows["samples"]
+    per_tar = 4000
+    rows["shard"] = numbers // per_tar
+    rows["offset"] = 1580 + numbers % per_tar * (24 * RATE + 2048)
+    for a in range(0, n, 1 << 18):
+        rows["key_check"][a : a + (1 << 18)] = [format.crc16(key) for key in keys[a : a + (1 << 18)].tolist()]
+    counts = np.bincount(rows["shard"])
+    tars = np.zeros(len(counts), format.TAR)
+    tars["nsamples"], tars["filesize"] = counts, 2**31
+    out.mkdir(parents=True, exist_ok=True)
+    index.write_index(out, rows, keys, tars, plan.Settings())
+
+
+def private_bytes() -> int:
+    """Memory that only this process has, in bytes (Private_* of /proc/self/smaps_rollup)."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+
+def _worker(out: str, queue) -> None:
+    before = private_bytes()
+    utterances = open_shards(out)
+    rng = np.random.default_rng(os.getpid())
+    for _ in range(200):
+        utterances._rows(rng.integers(0, len(utterances), 512))
+    queue.put(private_bytes() - before)
+
+
+def bench_index(folder: Path, n: int) -> None:
+    out = folder / f"index-{n}"
+    print(f"index {n:,}: writing it", file=sys.stderr)
+    synthetic_index(out, n)
+    opening = best(lambda: open_shards(out), 0.5)
+    utterances = open_shards(out)
+    checked = int(utterances.samples.sum(dtype=np.int64))  # touches every page, as the workers of an epoch do
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, n, 512)
+    lookup = best(lambda: utterances._rows(rows), 0.5)
+    queue = multiprocessing.get_context("fork").Queue()
+    child = multiprocessing.get_context("fork").Process(target=_worker, args=(str(out), queue))
+    child.start()
+    extra = queue.get(timeout=600)
+    child.join()
+    print(f"index {n:,}: opens in {1000 * opening:.1f} ms ({checked / RATE / 3600:,.0f} h of audio)")
+    print(f"index {n:,}: a further worker adds {extra / 1e6:.1f} MB after 200 batches of 512 random rows")
+    print(f"index {n:,}: 512 random rows, found and checked, in {1000 * lookup:.2f} ms")
+    bench_sampler(utterances, n)
+    shutil.rmtree(out)
+
+
+def bench_sampler(utterances: Utterances, n: int) -> None:
+    from spknet.data.sampler import Sampler
+
+    def planned() -> None:
+        Sampler(utterances.speaker_rows, speakers_per_batch=200, utterances_per_speaker=2, cap=500, seed=0).plan(1)
+
+    print(f"index {n:,}: the sampler's plan of an epoch (N=200, M=2) in {best(planned, 0.5):.3f} s")
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(
+        "python -m tools.bench loader", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    p.add_argument(
+        "--index-rows", type=int, nargs="*", default=[1092009, 10000000], help="sizes of the synthetic indexes"
+    )
+    p.add_argument("--utterances", type=int, default=1024, help="noises of 4 to 12 s for crops and packing")
+    p.add_argument("--seconds", type=float, default=2.0, help="time of each measurement")
+    p.add_argument("--folder", help="where to work; default: the temporary folder")
+    p.add_argument("--only", choices=("crops", "packing", "index"), help="only this part")
+    args = p.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        if args.only != "index":
+            entries = make_wavs(folder / "files", args.utterances, speakers=BATCH)
+        if args.only in (None, "crops"):
+            bench_crops(folder, entries, args.seconds)
+            bench_dataloader(folder, args.seconds)
+        if args.only in (None, "packing"):
+            bench_packing(folder, entries)
+        for n in args.index_rows if args.only in (None, "index") else []:
+            bench_index(folder, n)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

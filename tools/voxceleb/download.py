@@ -1,0 +1,382 @@
+"""Fetches files over http(s) or from file: URLs: in parallel, from where a killed run stopped, each with its md5 checked.
+
+    DIR/NAME.partial   what has come so far; a run goes on at its end (HTTP range), or anew where the server knows no ranges
+    DIR/NAME           appears when the md5 agrees (rename)
+    DIR/NAME.md5       the receipt, as `md5sum` writes it: a file that is older than its receipt is not read again
+
+Names of users, passwords and keys are sent to the host that was asked for and nowhere else: not along a redirect to another host, not
+into messages. Certificates are always verified.
+
+    fetch_all({"a.zip": MD5}, Path("data"), Access("https://host/folder", user="me", password=secret))
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import os
+import shutil
+import sys
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from shards.errors import UserError
+from shards.format import atomic_write
+
+PIECE = 1 << 20  # bytes
+LONGEST_PAUSE = 60.0  # seconds
+PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers after which another try makes sense
+
+
+class DownloadError(UserError):
+    """What was found, what was expected, what to do. Never holds a secret."""
+
+
+class _Interrupted(Exception):
+    """The connection ended, stalled or answered that it is busy: try again. Its argument says which."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where files come from and who asks.
+
+    base_url: `https://host/folder`, or with `{file}` (and `{key}`) where the name (and the key) belong.
+    """
+
+    base_url: str
+    user: str = ""
+    password: str = field(default="", repr=False)
+    key: str = field(default="", repr=False)
+    timeout: float = 60.0  # seconds without a byte
+    retries: int = 8  # tries in a row that bring nothing
+    first_pause: float = 1.0  # seconds before the second try; each further pause is twice as long
+
+    def url(self, name: str) -> str:
+        if "{key}" in self.base_url and not self.key:
+            raise DownloadError(f"{self.base_url} asks for a key: give --key, or set VOXCELEB_KEY")
+        quoted, key = urllib.parse.quote(name), urllib.parse.quote(self.key, safe="")
+        if "{file}" in self.base_url:
+            return self.base_url.replace("{file}", quoted).replace("{key}", key)
+        url = self.base_url.replace("{key}", key).rstrip("/") + "/" + quoted
+        return f"{url}?key={key}" if self.key and "{key}" not in self.base_url else url
+
+    def shown(self, name: str) -> str:
+        """The address without its query and without a user, for people."""
+        parts = urllib.parse.urlsplit(Access(self.base_url.replace("{key}", "KEY")).url(name))
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    def check(self) -> None:
+        """Raises DownloadError where the address cannot work, warns of a password that travels in the clear."""
+        parts = urllib.parse.urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https", "file"):
+            raise DownloadError(f"found the address {parts.scheme}:..., expected http://, https:// or file://")
+        if "@" in parts.netloc:
+            raise DownloadError(
+                "the address holds a user or password: give --user and --password (or be asked) instead"
+            )
+        local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        if parts.scheme == "http" and not local and (self.password or self.key):
+            tqdm.write(
+                f"{parts.hostname}: the password or key travels unencrypted over http; use https if the host offers it",
+                file=sys.stderr,
+            )
+
+
+class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, file, code, message, headers, new_url):
+        old, new = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(new_url)
+        if old.scheme == "https" and new.scheme != "https":
+            raise DownloadError(f"{old.hostname} redirects from https to {new.scheme}://{new.hostname}; refused")
+        redirected = super().redirect_request(request, file, code, message, headers, new_url)
+        if redirected and old.netloc == new.netloc and request.has_header("Authorization"):
+            redirected.add_unredirected_header("Authorization", request.get_header("Authorization"))
+        return redirected
+
+
+OPENER = urllib.request.build_opener(_SameHostRedirects)
+
+
+def _open(access: Access, name: str, start: int, end: int | None = None):
+    """(stream, first byte, total bytes or None) of a file from byte `start`. Raises _Interrupted or DownloadError."""
+    url = access.url(name)
+    if url.startswith("file:"):
+        return _open_file(access, name, url, start)
+    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "spknet"})
+    request.add_header("Range", f"bytes={start}-{'' if end is None else end}")
+    if access.user or access.password:
+        token = base64.b64encode(f"{access.user}:{access.password}".encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")  # plain headers follow every redirect
+    try:
+        answer = OPENER.open(request, timeout=access.timeout)
+    except urllib.error.HTTPError as error:
+        with error:
+            return _refused(access, name, start, error)
+    except http.client.InvalidURL:  # its text holds the whole address, key and all
+        raise DownloadError(f"{access.shown(name)}: not a valid address; is --base-url right?") from None
+    except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if "CERTIFICATE_VERIFY_FAILED" in str(reason):
+            raise DownloadError(f"{access.shown(name)}: the certificate is not valid ({reason})") from None
+        raise _Interrupted(str(reason) or type(error).__name__) from None
+    if answer.headers.get_content_type() == "text/html":
+        answer.close()
+        raise DownloadError(
+            f"{access.shown(name)}: a web page came instead of the file: the key or password has run out, or the address is wrong"
+        )
+    first, total = 0, answer.headers.get("Content-Length")
+    if answer.status == 206:
+        spread, _, total = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+        first = int(spread.partition("-")[0] or start)
+    return answer, first, int(total) if total and total.isdigit() else None
+
+
+def _open_file(access: Access, name: str, url: str, start: int):
+    path = urllib.request.url2pathname(urllib.parse.urlsplit(url).path)
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    except OSError as error:
+        raise DownloadError(f"{access.shown(name)}: {error.strerror}") from None
+    total = os.fstat(file.fileno()).st_size
+    start = start if start <= total else 0
+    file.seek(start)
+    return file, start, total
+
+
+def _refused(access: Access, name: str, start: int, error: urllib.error.HTTPError):
+    where = access.shown(name)
+    if error.code in (401, 403):
+        given = (
+            "key" if access.key else "user and password" if access.user or access.password else "request without a key"
+        )
+        raise DownloadError(
+            f"{where}: the server refused the {given} (HTTP {error.code}); ask the data's owners for a valid one"
+        )
+    if error.code == 404:
+        raise DownloadError(f"{where}: no such file there (HTTP 404); is --base-url right?")
+    if error.code == 416 and start:  # nothing lies beyond: the partial file is whole, or longer than the real one
+        total = error.headers.get("Content-Range", "").rpartition("/")[2]
+        return None, 0, int(total) if total.isdigit() else None
+    if error.code in PASSING:
+        pause = error.headers.get("Retry-After", "")
+        raise _Interrupted(f"HTTP {error.code}", float(pause) if pause.isdigit() else 0.0)
+    raise DownloadError(f"{where}: unexpected answer HTTP {error.code} {error.reason}")
+
+
+class _Retries:
+    """Counts tries in a row that brought nothing, and waits longer and longer between them, unless `stop` is set."""
+
+    def __init__(self, access: Access, name: str, stop: threading.Event):
+        self.access, self.name, self.stop, self.failures = access, name, stop, 0
+
+    def after(self, error: _Interrupted, progressed: bool) -> None:
+        self.failures = 1 if progressed else self.failures + 1
+        if self.failures > self.access.retries:
+            raise DownloadError(
+                f"{self.access.shown(self.name)}: gave up after {self.failures} tries without a new byte, the last: {error.args[0]}; "
+                "what has come is kept: run the same command again"
+            )
+        asked = error.args[1] if len(error.args) > 1 else 0.0
+        pause = min(LONGEST_PAUSE, max(asked, self.access.first_pause * 2.0 ** (self.failures - 1)))
+        if pause >= 1:
+            tqdm.write(f"{self.name}: {error.args[0]}; next try in {pause:.0f} s", file=sys.stderr)
+        self.stop.wait(pause)
+
+
+def _size(access: Access, name: str, stop: threading.Event) -> int | None:
+    """Bytes of a file as the server tells them. It is also the first to hear that a key is refused."""
+    tries = _Retries(replace(access, retries=min(3, access.retries)), name, stop)  # a wrong host shows soon
+    while not stop.is_set():
+        try:
+            stream, _, total = _open(access, name, 0, 0)
+            stream.close()
+            return total
+        except _Interrupted as error:
+            tries.after(error, False)
+    return None
+
+
+class _Partial:
+    """NAME.partial, open for one process at a time, and the md5 of what it holds."""
+
+    def __init__(self, path: Path, bar: tqdm):
+        self.path, self.bar = path, bar
+        self.file = open(path, "a+b")  # noqa: SIM115 - closed by close()
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.close()
+            raise DownloadError(f"{path} is being written by another download: wait for it or stop it") from None
+        self.digest, self.size = hashlib.md5(), 0
+        self.file.seek(0)
+        while piece := self.file.read(PIECE):
+            self._count(piece)
+        self.best = self.size
+
+    def _count(self, piece: bytes) -> None:
+        self.digest.update(piece)
+        self.size += len(piece)
+        self.bar.update(len(piece))
+
+    def append(self, piece: bytes) -> None:
+        self.file.write(piece)
+        self._count(piece)
+
+    def clear(self) -> None:
+        self.file.truncate(0)
+        self.bar.update(-self.size)
+        self.digest, self.size = hashlib.md5(), 0
+
+    def progressed(self) -> bool:
+        """Whether it is longer than ever before: a server without ranges begins anew each time, and may never end."""
+        before, self.best = self.best, max(self.best, self.size)
+        return self.size > before
+
+    def close(self) -> None:
+        self.file.close()
+
+    def finish(self, md5: str) -> bool:
+        """Gives the file its name, and a receipt, if the md5 agrees."""
+        if self.digest.hexdigest() != md5:
+            return False
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        final = self.path.with_name(self.path.name.removesuffix(".partial"))
+        os.replace(self.path, final)
+        write_receipt(final, md5)
+        return True
+
+
+def _receive(access: Access, name: str, partial: _Partial, stop: threading.Event) -> None:
+    """One connection: appends what comes. Raises _Interrupted where it ends too early."""
+    stream, first, total = _open(access, name, partial.size)
+    if stream is None and total == partial.size:
+        return
+    if stream is None or first not in (0, partial.size):
+        if stream is not None:
+            stream.close()
+        partial.clear()
+        raise _Interrupted("the server has another file than before")
+    with stream:
+        if first == 0:
+            partial.clear()
+        while not stop.is_set():
+            try:
+                piece = stream.read1(PIECE)
+            except (OSError, http.client.HTTPException) as error:
+                raise _Interrupted(str(error) or type(error).__name__) from None
+            if not piece:
+                break
+            partial.append(piece)
+    if total is not None and partial.size < total and not stop.is_set():
+        raise _Interrupted(f"the connection ended at byte {partial.size} of {total}")
+
+
+def _fetch(access: Access, name: str, md5: str, folder: Path, bar: tqdm, stop: threading.Event) -> None:
+    """One file, whatever the connection does, twice if its md5 is wrong."""
+    with contextlib.closing(_Partial(folder / f"{name}.partial", bar)) as partial:
+        for _ in range(2):
+            tries = _Retries(access, name, stop)
+            while not stop.is_set():
+                try:
+                    _receive(access, name, partial, stop)
+                    break
+                except _Interrupted as error:
+                    tries.after(error, partial.progressed())
+            if stop.is_set() or partial.finish(md5):
+                return
+            found, size = partial.digest.hexdigest(), partial.size
+            partial.clear()
+        os.unlink(partial.path)
+    raise DownloadError(
+        f"{access.shown(name)}: md5 {found} of {size} bytes, expected {md5}, twice: "
+        "the host has another version, or what comes is damaged; nothing of it was kept"
+    )
+
+
+def fetch_all(files: dict[str, str], folder: Path, access: Access, *, parallel: int = 4) -> None:
+    """Every NAME of {NAME: md5} into folder, unless it is there. Raises DownloadError; what has come is then kept.
+
+    Sizes are asked for first: a refused key, a missing file and a full disk show before anything is fetched.
+    """
+    access.check()
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = {name: md5 for name, md5 in files.items() if not is_verified(folder / name, md5)}
+    if not missing:
+        return
+    stop = threading.Event()
+    with ThreadPoolExecutor(parallel) as pool:
+        try:
+            sizes = _all(pool, [pool.submit(_size, access, name, stop) for name in missing])
+            _check_space(folder, dict(zip(missing, sizes)))
+            total = None if None in sizes else sum(sizes)
+            with tqdm(total=total, desc="download", unit="B", unit_scale=True, unit_divisor=1024) as bar:
+                _all(pool, [pool.submit(_fetch, access, name, missing[name], folder, bar, stop) for name in missing])
+        finally:
+            stop.set()
+
+
+def _all(pool: ThreadPoolExecutor, futures: list) -> list:
+    done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in waiting if any(future.exception() for future in done) else ():
+        future.cancel()
+    for future in done:
+        future.result()
+    return [future.result() for future in futures]
+
+
+def _check_space(folder: Path, sizes: dict[str, int | None]) -> None:
+    have = sum(path.stat().st_size for name in sizes if (path := folder / f"{name}.partial").exists())
+    need, free = sum(size or 0 for size in sizes.values()) - have, shutil.disk_usage(folder).free
+    if need > free:
+        raise DownloadError(
+            f"{folder}: {need / 1e9:.2f} GB are still to come, {free / 1e9:.2f} GB are free: make room or choose another --save_path"
+        )
+
+
+def receipt(path: Path) -> Path:
+    return path.with_name(path.name + ".md5")
+
+
+def write_receipt(path: Path, md5: str) -> None:
+    with atomic_write(receipt(path)) as file:
+        file.write(f"{md5}  {path.name}\n".encode())
+
+
+def is_verified(path: Path, md5: str) -> bool:
+    """Whether path is there with this md5: by its receipt, or by reading it. Raises DownloadError where it has another md5."""
+    if not path.exists():
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        paper = receipt(path)
+        if paper.stat().st_mtime_ns >= path.stat().st_mtime_ns and paper.read_text().split() == [md5, path.name]:
+            return True
+    found = md5_of(path)
+    if found != md5:
+        raise DownloadError(
+            f"{path}: md5 {found}, expected {md5}: it is damaged or another version; move it away and run this again"
+        )
+    write_receipt(path, md5)
+    return True
+
+
+def md5_of(path: Path) -> str:
+    """Hex md5 of a file, with a bar."""
+    digest = hashlib.md5()
+    with (
+        open(path, "rb", buffering=0) as file,
+        tqdm(total=path.stat().st_size, desc=f"md5 of {path.name}", unit="B", unit_scale=True, delay=2) as bar,
+    ):
+        while piece := file.read(4 * PIECE):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()
