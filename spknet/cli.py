@@ -9,6 +9,8 @@ import difflib
 import importlib
 import sys
 
+from spknet.errors import run
+
 COMMANDS = {
     "pack": ("shards.pack", "WAV, FLAC, ... files to tar shards"),
     "verify": ("shards.verify", "check packed shards for damage"),
@@ -24,6 +26,9 @@ COMMANDS = {
     "submit": ("launch.submit", "start a run on a SLURM cluster"),
     "sweep": ("launch.sweep", "start a grid of runs"),
     "status": ("launch.status", "state of the runs of a sweep"),
+    "logs": ("launch.logs", "what the job of a run has written"),
+    "cancel": ("launch.cancel", "stop runs; they save first"),
+    "resubmit": ("launch.resubmit", "submit again what was cancelled or failed"),
     "results": ("launch.results", "table and picture of a sweep"),
 }
 
@@ -40,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
         print(f"error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+    return run(importlib.import_module(COMMANDS[argv[0]][0]).main, argv[1:])
 
 
 if __name__ == "__main__":

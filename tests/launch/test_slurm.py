@@ -58,19 +58,19 @@ def submitted(capsys, *words) -> tuple[int, str]:
 
 
 def test_unknown_partition_is_an_error_naming_those_there_are(tmp_path, capsys):
-    status_, said = submitted(capsys, "--partition", "gpuu", "--", "--run_dir", tmp_path)
+    status_, said = submitted(capsys, "--partition", "gpuu", "--skip-data-check", "--", "--run_dir", tmp_path)
     assert status_ == 2 and "unknown partition gpuu; this cluster has high, low, main" in said
 
 
 def test_slurm_that_does_not_answer_is_an_error_with_its_words(tmp_path, capsys, monkeypatch):
     (tmp_path / "empty.conf").write_text("")
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "empty.conf"))
-    status_, said = submitted(capsys, "--", "--run_dir", tmp_path)
+    status_, said = submitted(capsys, "--skip-data-check", "--", "--run_dir", tmp_path)
     assert status_ == 2 and "SLURM does not answer: " in said and "--executor local" in said
 
 
 def test_what_sbatch_refuses_is_shown(tmp_path, capsys):
-    status_, said = submitted(capsys, "--mem-gb", 9999, "--", "--run_dir", tmp_path)
+    status_, said = submitted(capsys, "--mem-gb", 9999, "--skip-data-check", "--", "--run_dir", tmp_path)
     assert status_ == 2 and "sbatch refused: " in said and "node configuration is not available" in said
 
 
