@@ -16,7 +16,8 @@ from pathlib import Path
 
 from launch import jobs
 from launch.cluster import SubmitError, environment, minutes, ranks_per_node, setup_lines, slurm_options
-from spknet.config import Config, parse
+from spknet.config import Config
+from spknet.options import parse
 
 SLURM_FIELDS = "%"  # SLURM and submitit put the job's number into names that hold %j
 
