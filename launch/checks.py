@@ -17,6 +17,7 @@ from pathlib import Path
 from launch import jobs
 from launch.cluster import SubmitError, environment, minutes, ranks_per_node, setup_lines, slurm_options
 from spknet.config import Config
+from spknet.errors import of_system
 from spknet.options import parse
 
 SLURM_FIELDS = "%"  # SLURM and submitit put the job's number into names that hold %j
@@ -36,7 +37,10 @@ def checked_config(run_words: list[str], options: argparse.Namespace, seen: dict
     check_ranks(config, options)
     check_time(options)
     slurm_options(options), environment(options), setup_lines(options)
-    check_what_is_trained(config, options, {} if seen is None else seen)
+    try:
+        check_what_is_trained(config, options, {} if seen is None else seen)
+    except OSError as error:
+        raise of_system(error) from None
     return config
 
 
