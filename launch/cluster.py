@@ -45,7 +45,7 @@ OURS = {  # options of sbatch that launch sets itself, and what to use
         "nothing: it is fixed",
     ),
 }
-AFTER_FIRST_SECONDS = 15  # srun ends the other tasks that long after the first one's end
+AFTER_FIRST_SECONDS = 8  # srun ends the other tasks that long after the first one's end
 
 
 class SubmitError(UserError):

@@ -4,7 +4,7 @@
 
 A torchrun that has lost its peers waits for them for minutes: at the rendezvous, or at its end. So it is ended
 
-    8 s after its last worker, once RUN/state.json has left `running`         5 s after state.json says `failed`
+    5 s after its last worker, once RUN/state.json has left `running`         5 s after state.json says `failed`
     20 s after its last worker, whatever state.json says (a restart takes a second or two)
 """
 
@@ -21,7 +21,7 @@ from launch import starts
 from launch.processes import adopt_orphans, descendants, die_with_parent, has_ended, kill, wait
 from spknet.train.run_folder import read_state
 
-IDLE_SECONDS = 8
+IDLE_SECONDS = 5
 DESERTED_SECONDS = 20
 CLOSING_SECONDS = 5  # for workers to close their files once they have saved
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)

@@ -124,7 +124,7 @@ def test_slurm_parameters_ask_for_what_the_run_needs():
     assert asked["additional_parameters"] == {"requeue": True, "qos": "high"}
     assert asked["signal_delay_s"] == 180
     # Without --cpus-per-task for srun, all ranks and loaders of a node share one CPU where CPUs are bound.
-    assert asked["srun_args"] == ["--kill-on-bad-exit=0", "--wait=15", "--cpus-per-task=48"]
+    assert asked["srun_args"] == ["--kill-on-bad-exit=0", "--wait=8", "--cpus-per-task=48"]
 
 
 def test_torchrun_meets_at_the_first_node_and_handles_every_signal_of_a_cluster():

@@ -239,6 +239,86 @@ def test_run_without_a_launcher_lives_while_its_lock_is_fresh(tmp_path):
     assert status.run_status(tmp_path, None).state == "running"
 
 
+@pytest.mark.parametrize(
+    ("word", "expected", "reason"),
+    [
+        ("CANCELLED by 1000|", "cancelled", "job 12_3 was cancelled"),
+        ("FAILED|exit code 1:0", "failed", "job 12_3 ended (FAILED, exit code 1:0)"),
+        ("OUT_OF_MEMORY|exit code 0:125", "failed", "ended (OUT_OF_MEMORY, exit code 0:125)"),
+        ("TIMEOUT|", "failed", "ended (TIMEOUT)"),
+        ("NODE_FAIL|", "failed", "ended (NODE_FAIL)"),
+    ],
+)
+def test_ends_are_told_apart_by_slurms_own_word(tmp_path, word, expected, reason):
+    write_run(tmp_path, "requeue", [50], reason="SIGTERM")
+    note_job(tmp_path, "12_3", age=60)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000040.pt").write_text("")
+    found = status.run_status(tmp_path, {"12_3": word})
+    assert found.state == expected and reason in found.reason
+    assert found.reason.endswith(f"`spknet resubmit {tmp_path}` continues it at step 40")  # of the checkpoint, not 50
+
+
+def test_rank_killed_by_the_kernel_is_named_with_its_signal(tmp_path):
+    write_run(tmp_path, "running", [50])
+    log = tmp_path / "log.err"
+    log.write_text("  exitcode  : -9 (pid: 77)\n")
+    note_job(tmp_path, "12", log=log, age=60)
+    assert (
+        "a rank was killed by signal 9 (often: out of memory)" in status.run_status(tmp_path, {"12": "FAILED|"}).reason
+    )
+
+
+def test_living_run_whose_controller_is_gone_is_running(tmp_path):
+    write_run(tmp_path, "running", [50])
+    note_job(tmp_path, "4194304", executor="local", age=60)
+    (tmp_path / "lock").write_text("{}")
+    assert status.run_status(tmp_path, None).state == "running"
+
+
+def test_job_that_has_not_reached_the_accounting_yet_is_queued(tmp_path):
+    note_job(tmp_path, "12")
+    assert status.run_status(tmp_path, {}).state == "queued"
+    note_job(tmp_path, "12", age=60)
+    assert status.run_status(tmp_path, {}).state == "failed"
+
+
+def test_run_started_by_hand_and_stopped_is_cancelled_and_watching_it_ends(tmp_path, capsys):
+    write_run(tmp_path / "a", "requeue", [50], reason="SIGINT")
+    assert status.main([str(tmp_path / "a"), "--watch", "0.1"]) == 0
+    assert "stopped by SIGINT; the same command continues it at step 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"done"'])
+def test_damaged_files_of_a_run_are_no_traceback(tmp_path, content):
+    write_run(tmp_path, "running", [50])
+    for name in ("state.json", "config.yaml", "launch.json"):
+        (tmp_path / name).write_text(content)
+    found = status.run_status(tmp_path, None)
+    assert found.state == "failed" and found.reason == "state.json cannot be read" and found.step == 50
+    (tmp_path / "job.json").write_text(content)
+    assert status.run_status(tmp_path, None).state == "failed"
+
+
+def test_runs_made_by_hand_have_status_and_results(tmp_path, capsys):
+    for name, rate in (("a", 0.1), ("b", 0.01)):
+        write_run(tmp_path / name, "done", [200], {"eer": 100 * rate})
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        config |= {"optim": {"lr": rate, "name": "adam"}, "run_dir": name}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+    assert [s.name for s in status.statuses(tmp_path)] == ["a", "b"]
+    assert results.main([str(tmp_path), "--format", "csv", "--metrics", "eer"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["lr,runs,eer,sd", "0.1,1,10,", "0.01,1,1,"]
+    assert results.main([str(tmp_path / "a"), "--format", "csv", "--metrics", "eer"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["runs,eer,sd", "1,10,"]
+
+
+def test_dry_run_quotes_words_with_spaces(tmp_path, capsys):
+    path = sweep_file(tmp_path, {"runs": [{"data.train_shards": ["a b/x", "c"]}]})
+    assert sweep.main([str(path), "--dir", str(tmp_path / "out"), "--dry-run", *HERE]) == 0
+    assert """python -m spknet.train '--data.train_shards=["a b/x", "c"]'""" in capsys.readouterr().out
+
+
 def test_table_shows_step_speed_time_left_and_newest_eer(tmp_path):
     write_run(tmp_path / "a", "running", [10, 50], {"eer": 12.345})
     (tmp_path / "a" / "lock").write_text("{}")
