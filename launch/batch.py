@@ -1,6 +1,7 @@
 """What a batch script does around srun, on the first node, outside of any container: may the run start, and what its end means.
 
     python -m launch.batch begin RUN || exit        refuse a run that another job has; note the start in RUN/launch.json
+    python -m launch.batch watch RUN &              kill an srun that waits for a dead slurmstepd
     srun ...
     python -m launch.batch end RUN                  requeue the job, leave bad nodes out, or end it; its exit status is the job's
 
@@ -22,11 +23,13 @@ from pathlib import Path
 
 from launch import jobs, starts
 from launch.logs import killed_ranks, straggler
+from launch.processes import descendants, kill
 from spknet.errors import UserError, run
 from spknet.parallel.nodelist import expand
 from spknet.train.run_folder import write_state
 
 SECONDS_TO_LEAVE = 60  # SLURM kills the script of a requeued job in that time
+OVER_SECONDS = 16  # longer than a restart by torchrun takes to say `running` again
 REFUSED = 2
 
 
@@ -74,6 +77,30 @@ def end(runs: list[Path]) -> int:
         bad = sorted({node for folder in runs for node in starts.bad_nodes(folder)})
         requeue(job, bad if _enough_without(bad) else [])
     return int(any((starts.said_since_start(folder) or {}).get("state") != "done" for folder in runs))
+
+
+def watch(runs: list[Path]) -> int:
+    """Kills srun where all runs have said for a while that they are over: the slurmstepd of a task is dead, and srun waits
+    for it as long as KillWait. What still lives in the job is ended by the requeue, or by the job's end."""
+    script, since, before = os.getppid(), time.monotonic(), None
+    while os.getppid() == script:
+        time.sleep(2)
+        said = [starts.said_since_start(folder) or {} for folder in runs]
+        if said != before or any(s.get("state", "running") == "running" for s in said):
+            before, since = said, time.monotonic()
+        elif time.monotonic() - since > OVER_SECONDS:
+            print(f"ending srun: {runs[0]} has been '{said[0]['state']}' for {OVER_SECONDS} s", file=sys.stderr)
+            kill([pid for pid in descendants(script) if name_of(pid) == "srun"])
+            return 0
+    return 0
+
+
+def name_of(pid: int) -> str:
+    """A process' command, empty where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def requeue(job: str, bad: list[str]) -> None:
@@ -143,8 +170,8 @@ def _log(job: str) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    if len(words) < 2 or words[0] not in ("begin", "end"):
-        raise UserError("usage: python -m launch.batch begin|end RUN...")
+    if len(words) < 2 or words[0] not in ("begin", "watch", "end"):
+        raise UserError("usage: python -m launch.batch begin|watch|end RUN...")
     if words[1] == "--submitted":  # submitit's folder: the runs stand in the job's pickle
         from launch.task import submitted
 
@@ -152,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         runs, ranks = task.runs(), task.ranks_per_node
     else:
         runs, ranks = [Path(word).absolute() for word in words[1:]], int(os.environ.get("RANKS_PER_NODE", 1))
-    return begin(runs, ranks) if words[0] == "begin" else end(runs)
+    return begin(runs, ranks) if words[0] == "begin" else watch(runs) if words[0] == "watch" else end(runs)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Node:
             f"ending torchrun on {socket.gethostname()}: the run is '{state}', {workers} workers left", file=sys.stderr
         )
         os.kill(self.torchrun.pid, signal.SIGTERM)
-        wait(CLOSING_SECONDS, lambda: has_ended(self.torchrun.pid))
+        wait(CLOSING_SECONDS if workers else 1, lambda: has_ended(self.torchrun.pid))
         kill(descendants(os.getpid()))
 
 

@@ -124,7 +124,12 @@ def submit(
                 f"{shlex.quote(sys.executable)} -m launch.batch",
                 f"--submitted {shlex.quote(str(folder / '%j'))}",
             )
-            wanted["setup"] = [*wanted["setup"], "trap : TERM", f"{batch} begin {runs} || exit"]
+            wanted["setup"] = [
+                *wanted["setup"],
+                "trap : TERM",
+                f"{batch} begin {runs} || exit",
+                f"{batch} watch {runs} &",
+            ]
             wanted["teardown"] = [f"{batch} end {runs}"]
         executor.update_parameters(**wanted)
         try:
