@@ -38,6 +38,11 @@ def expand(nodelist: str) -> list[str]:
     return hosts
 
 
+def first_host(nodelist: str) -> str:
+    """The host at which ranks meet: that of node 0. Raises NodeListError."""
+    return expand(nodelist)[0]
+
+
 def rendezvous_port(job: str) -> int:
     """A port that every node of a job computes alike."""
     return FIRST_PORT + int(job) % PORTS
@@ -49,7 +54,7 @@ def endpoint(environment=os.environ) -> tuple[str, int]:
         nodelist, job = environment["SLURM_JOB_NODELIST"], environment["SLURM_JOB_ID"]
     except KeyError as error:
         raise NodeListError(f"{error.args[0]} is not set: this is no SLURM job; start it with sbatch or srun") from None
-    return expand(nodelist)[0], rendezvous_port(job)
+    return first_host(nodelist), rendezvous_port(job)
 
 
 def _split(nodelist: str) -> list[str]:
