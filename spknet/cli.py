@@ -12,6 +12,8 @@ from importlib import metadata
 
 from spknet.errors import USAGE, run
 
+from spknet.errors import run
+
 COMMANDS = {
     "make data": {
         "lists": ("tools.lists", "a training list from a folder, a CSV or Kaldi's files"),
@@ -39,6 +41,9 @@ COMMANDS = {
         "submit": ("launch.submit", "start a run on a SLURM cluster"),
         "sweep": ("launch.sweep", "start a grid of runs"),
         "status": ("launch.status", "state of the runs of a sweep"),
+        "logs": ("launch.logs", "what the job of a run has written"),
+        "cancel": ("launch.cancel", "stop runs; they save first"),
+        "resubmit": ("launch.resubmit", "submit again what was cancelled or failed"),
         "results": ("launch.results", "table and picture of a sweep"),
     },
 }
