@@ -16,6 +16,7 @@ import torch
 
 from shards.format import atomic_write
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints.averages import CHOICES, with_averages
 from spknet.checkpoints.file import CheckpointError
 from spknet.checkpoints.voxceleb_trainer import to_legacy
 from spknet.config import Config, ConfigError
@@ -32,12 +33,13 @@ THEIR_ENCODERS = {
 }
 
 
-def voxceleb_trainer(path: str | Path) -> tuple[dict[str, torch.Tensor], Config]:
+def voxceleb_trainer(path: str | Path, weights: str | None = None) -> tuple[dict[str, torch.Tensor], Config]:
     """The state dict for voxceleb_trainer of a run folder or a checkpoint, and its configuration.
 
+    weights: "averaged" or "trained"; None: as the run evaluates.
     Raises CheckpointError, or ConfigError where voxceleb_trainer has no such network.
     """
-    model, config, meta = checkpoint.load_network(path)
+    model, config, meta = checkpoint.load_network(path, weights=weights)
     chosen = config.model
     if chosen.width != 1:
         raise ConfigError(f"model.width {chosen.width}: voxceleb_trainer's networks have a width of 1 only")
@@ -47,10 +49,10 @@ def voxceleb_trainer(path: str | Path) -> tuple[dict[str, torch.Tensor], Config]
     state = checkpoint.read(meta["path"])
     loss = None
     if state.get("format") == checkpoint.FORMAT:
-        weights = state["loss"]
-        rows = [value.shape[0] for name, value in weights.items() if name.endswith("weight")]
+        head = with_averages(state, weights or config.eval.weights)["loss"]
+        rows = [value.shape[0] for name, value in head.items() if name.endswith("weight")]
         loss = build_loss(config.loss, chosen.embedding_size, max(rows, default=1), config.data.utterances_per_speaker)
-        loss.load_state_dict(weights)
+        loss.load_state_dict(head)
     return to_legacy(model, loss), config
 
 
@@ -60,9 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
     parser.add_argument("--to", required=True, choices=["voxceleb_trainer"])
     parser.add_argument("--out", required=True, help="file to write")
+    parser.add_argument("--weights", choices=CHOICES, help="of a run that averages (default: averaged)")
     chosen = parser.parse_args(argv)
     try:
-        state, config = voxceleb_trainer(chosen.checkpoint)
+        state, config = voxceleb_trainer(chosen.checkpoint, chosen.weights)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

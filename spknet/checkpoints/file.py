@@ -1,7 +1,7 @@
 """Everything a run needs to continue, in one file of tensors and plain values.
 
     RUN/checkpoints/step-00001200.pt = {"format": "spknet checkpoint 1", "step", "epoch", "config", "model", "loss",
-        "optimizer", "scheduler", "scaler", "speakers", "labels", "data_fingerprint", "versions", "window", "best", "seconds"}
+        "averaging", "optimizer", "scheduler", "scaler", "speakers", "labels", "data_fingerprint", "versions", "window", "best", "seconds"}
 
 Written to a temporary name, synced, renamed: a file under its final name is whole. `torch.load(weights_only=True)` reads it;
 the zip container's CRC of every tensor is checked first, since torch does not look at all of them.
@@ -21,7 +21,8 @@ import torch
 
 from shards.format import atomic_write
 from spknet import config as configuration
-from spknet.config import Config, ModelConfig
+from spknet.checkpoints.averages import with_averages
+from spknet.config import Config, ModelConfig, flatten
 from spknet.errors import UserError
 
 FORMAT = "spknet checkpoint 1"
@@ -122,12 +123,15 @@ def changed_options(old: dict[str, Any], new: Config) -> list[str]:
     ]
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as one dict of `group.key`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def _changed_data(old: str, new: str) -> list[str]:
+    """What differs between two fingerprints of `Corpus.fingerprint`: audio, settings of the batches, noise."""
+    before, after = (old + "--").split("-")[:3], (new + "--").split("-")[:3]
+    changed = []
+    if before[:2] != after[:2]:
+        changed.append("the training data (or N, M, the cap or the seed of the batches)")
+    if before[2] != after[2]:
+        changed.append("the noise data or impulse responses of augment.noise_shards and augment.rir_shards")
+    return changed
 
 
 def check_resume(state: dict[str, Any], path: Path, config: Config, fingerprint: str) -> None:
@@ -135,8 +139,7 @@ def check_resume(state: dict[str, Any], path: Path, config: Config, fingerprint:
     if config.train.resume_override:
         return
     changed = changed_options(state["config"], config)
-    if state["data_fingerprint"] != fingerprint:
-        changed.append("the training data (or N, M, the cap or the seed of the batches)")
+    changed += _changed_data(state["data_fingerprint"], fingerprint)
     if changed:
         raise CheckpointError(
             f"{path} was made with other settings: {'; '.join(changed)}. Undo that, give another --run_dir, or continue"
@@ -165,10 +168,16 @@ def load_head_by_speaker(loss, state: dict[str, Any], speakers: list[str], label
     return merged
 
 
-def load_network(path: str | Path, device: str | torch.device = "cpu", model: ModelConfig | None = None):
+def load_network(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    model: ModelConfig | None = None,
+    weights: str | None = None,
+):
     """(network in eval mode, Config, meta) of a run folder (its best checkpoint, else its newest), a checkpoint file of
     spknet, or one of voxceleb_trainer.
 
+    weights: "averaged" (where the checkpoint has averages) or "trained"; None: the checkpoint's option eval.weights.
     model: the network's options, for voxceleb_trainer's files, which do not hold them; None: guessed from the weights. meta: path, step,
     epoch, speakers, labels, data_fingerprint, as far as the file has them. Raises CheckpointError.
     """
@@ -181,16 +190,16 @@ def load_network(path: str | Path, device: str | torch.device = "cpu", model: Mo
         state = read(path)
     if isinstance(state, dict) and state.get("format") == FORMAT:
         config = configuration.from_dict(state["config"])
-        network = build_model(config.model)
-        network.load_state_dict(state["model"])
+        network = build_model(config.model, state.get("sample_rate", 16000), config.features)
+        if config.train.precision == "float64":
+            network = network.double()
+        network.load_state_dict(with_averages(state, weights or config.eval.weights)["model"])
     else:
         from spknet.train import voxceleb_trainer as legacy
 
         config = Config(model=model or legacy.guess_model(state))
         network = build_model(config.model)
         legacy.load_into(network, None, state, allow_partial=False)
-    if config.train.precision == "float64":
-        network = network.double()
     wanted = ("step", "epoch", "speakers", "labels", "data_fingerprint")
     meta = {"path": str(path)} | {name: state[name] for name in wanted if name in state}
     return network.to(device).eval(), config, meta

@@ -19,8 +19,10 @@ import torch
 
 from shards.reader import Utterances, open_files, open_shards
 from spknet import rng
-from spknet.config import Config, ConfigError, DataConfig
-from spknet.data.augment import Augmenter
+from spknet.config import AugmentConfig, Config, ConfigError, DataConfig
+from spknet.data import dither
+from spknet.data.augment import Augmenter, classes_per_speaker, noise_fingerprint
+from spknet.data.mixing import Mixing
 from spknet.data.sampler import Sampler
 from spknet.parallel.ranks import Ranks
 
@@ -60,10 +62,15 @@ class Corpus:
     sampler: Sampler
     kept_out: np.ndarray  # (S,) bool, development speakers
     cap: int
+    noise: str = ""  # fingerprint of the noise and the impulse responses
+    classes_per_speaker: int = 1  # one for each speed with augment.speed_labels
 
     @classmethod
-    def open(cls, data: DataConfig, seed: int) -> Corpus:
-        """Opens packed data sets, or loose files. Raises ConfigError, ShardError or SamplerError."""
+    def open(cls, data: DataConfig, seed: int, augment: AugmentConfig | None = None) -> Corpus:
+        """Opens packed data sets, or loose files. Raises ConfigError, ShardError or SamplerError.
+
+        augment: gives the fingerprint of the noise data and the classes of speeds.
+        """
         if bool(data.train_shards) == bool(data.train_list):
             raise ConfigError(
                 "give the training data as --data.train_shards FOLDER (packed by shards.pack), or as --data.train_list FILE"
@@ -90,16 +97,24 @@ class Corpus:
             balanced=data.epoch == "balanced",
             excluded=kept_out,
         )
-        return cls(utterances, sampler, kept_out, data.max_utterances_per_speaker)
+        augment = augment or AugmentConfig()
+        noise, classes = noise_fingerprint(augment), classes_per_speaker(augment)
+        return cls(utterances, sampler, kept_out, data.max_utterances_per_speaker, noise, classes)
+
+    @property
+    def n_labels(self) -> int:
+        """Labels of speakers are append-only, so one more than the largest."""
+        return int(self.utterances.labels.max()) + 1
 
     @property
     def n_classes(self) -> int:
-        """Classes of a classification head: labels are append-only, so one more than the largest."""
-        return int(self.utterances.labels.max()) + 1
+        """Classes of a classification head: speaker label + n_labels * speed index."""
+        return self.n_labels * self.classes_per_speaker
 
     def fingerprint(self) -> str:
-        """Digest of the audio's index and of the sampler's settings, whatever folder the data lie in."""
-        return f"{self.utterances.fingerprint}-{self.sampler.fingerprint()}"
+        """Digest of the audio's index, of the sampler's settings and of the noise data, whatever folder they lie in."""
+        parts = [self.utterances.fingerprint, self.sampler.fingerprint(), self.noise]
+        return "-".join(part for part in parts if part)
 
     def warnings(self) -> list[str]:
         """What a user should know about how the data fit the batches."""
@@ -128,17 +143,18 @@ class Batch:
     rows: np.ndarray  # (n,) int64, rows of the data set
     slots: np.ndarray  # (n,) int64, positions in the epoch
     draws: np.ndarray  # (n / M, 2) float64 in [0, 1), the loss's randomness
-    augment: dict[str, torch.Tensor | np.ndarray]  # see spknet.data.augment
+    augment: dict[str, torch.Tensor | np.ndarray | Mixing]  # see spknet.data.augment
 
     def pin_memory(self) -> Batch:
         large = {name: v.pin_memory() for name, v in self.augment.items() if isinstance(v, torch.Tensor)}
         return replace(self, crops=self.crops.pin_memory(), augment=self.augment | large)
 
-    def to(self, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    def to(self, device: torch.device) -> tuple[torch.Tensor, dict, torch.Tensor, torch.Tensor]:
         """(crops, augment, labels, draws) on the device, copied without waiting where they are pinned."""
 
         def move(value):
-            return torch.as_tensor(value).to(device, non_blocking=True)
+            known = isinstance(value, (torch.Tensor, np.ndarray))
+            return torch.as_tensor(value).to(device, non_blocking=True) if known else value
 
         return move(self.crops), {k: move(v) for k, v in self.augment.items()}, move(self.labels), move(self.draws)
 
@@ -147,7 +163,11 @@ class Steps(torch.utils.data.Dataset):
     """Step number (global) -> Batch of one rank."""
 
     def __init__(self, config: Config, corpus: Corpus, me: Ranks):
-        self.corpus, self.seed = corpus, config.train.seed
+        self.corpus, self.seed, self.dither = corpus, config.train.seed, config.features.dither
+        if not 0 <= self.dither < 1000:
+            raise ConfigError(
+                f"features.dither={self.dither}: expected 0 to 1000 steps of a 16-bit integer; usual is 1"
+            )
         n, world = config.data.speakers_per_batch, me.world_size
         if n % world:
             raise ConfigError(
@@ -172,14 +192,22 @@ class Steps(torch.utils.data.Dataset):
         utterances.read_batch(flat, starts, crops.numpy())
         speakers = np.searchsorted(utterances.speaker_rows, rows[:, 0], side="right") - 1
         draws = np.stack([rng.uniform(self.seed, epoch, f"loss {i}", slots[:, 0]) for i in range(2)], axis=1)
+        labels, speed_slots = utterances.labels[speakers].astype(np.int64), None
+        if self.corpus.classes_per_speaker > 1:
+            # All utterances of a speaker in a batch at one speed: they are one class.
+            speed_slots = np.repeat(slots[:, :1], slots.shape[1], axis=1).reshape(-1)
+            labels = labels + self.corpus.n_labels * self.augmenter.speed_index(epoch, slots[:, 0])
+        augment = self.augmenter.read(epoch, slots.reshape(-1), speed_slots)
+        if self.dither:
+            augment["dither"] = dither.keys(self.seed, epoch, slots.reshape(-1))
         return Batch(
             step=step,
             crops=crops,
-            labels=utterances.labels[speakers].astype(np.int64),
+            labels=labels,
             rows=flat,
             slots=slots.reshape(-1),
             draws=draws,
-            augment=self.augmenter.read(epoch, slots.reshape(-1)),
+            augment=augment,
         )
 
     def _buffer(self, step: int, shape: tuple[int, int]) -> torch.Tensor:

@@ -120,6 +120,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 EVAL_OPTIONS = {
+    "weights": {"choices": ("averaged", "trained"), "help": "of a run that averages (default: averaged)"},
     "trials": {"nargs": "+", "help": "test lists"},
     "dev_trials": {"help": "development list: calibration and thresholds are learned on it"},
     "root": {"nargs": "+", "help": "folders that the paths in the lists start from"},
@@ -167,7 +168,7 @@ def _score_again(chosen: argparse.Namespace) -> None:
 
 def _extract_and_score(chosen: argparse.Namespace, device: torch.device) -> None:
     """Embeds what the lists need, on all ranks, and scores on rank 0."""
-    model, config, meta = load_network(chosen.checkpoint, device)
+    model, config, meta = load_network(chosen.checkpoint, device, weights=chosen.weights)
     config, bf16, cohort, beside = with_options(config, chosen), chosen.precision == "bf16", None, {}
     prepared = on_first(lambda: _checked(chosen, config), share=False)
     use_cohort = bool(chosen.as_norm or chosen.subtract_mean)

@@ -35,7 +35,7 @@ from spknet.train.signals import StopSignals
 
 __all__ = ["STALE_SECONDS", "Owner", "RunError", "StopSignals", "hold", "owned", "read_state", "write_state"]
 
-PACKAGES = ("spknet", "torch", "torchaudio", "numpy", "soundfile", "webdataset", "jsonargparse")
+PACKAGES = ("spknet", "torch", "torchaudio", "numpy", "soundfile", "webdataset", "pydantic")
 STATES = ("running", "requeue", "done", "failed")
 REASON_CHARACTERS = 1000
 GIT_SECONDS = 20.0  # a file server that hangs must not hold up a run for a note

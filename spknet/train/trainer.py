@@ -11,6 +11,7 @@ log.py, checkpoint.py.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -33,6 +34,7 @@ from spknet.parallel.gather import all_reduce_sum
 from spknet.parallel.ranks import Ranks, Watchdog
 from spknet.train import run_folder as run
 from spknet.train import voxceleb_trainer as legacy
+from spknet.train.averaging import Averaging
 from spknet.train.metrics_log import Meter, MetricsLog, profiler
 from spknet.train.optim import build_optimizer, finite_gradients, learning_rate, margin
 from spknet.train.run_folder import StopSignals, write_state
@@ -48,14 +50,14 @@ class Trainer:
 
     def __init__(self, config: Config, me: Ranks):
         self.config, self.me, self.run_dir = config, me, Path(config.run_dir)
-        self.corpus = Corpus.open(config.data, config.train.seed)
+        self.corpus = Corpus.open(config.data, config.train.seed, config.augment)
         distributed.agree({"the training data": self.corpus.fingerprint()}, me)
         evaluate.check(config)
         self.steps_per_epoch = self.corpus.sampler.steps
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         self.samples = round(config.data.crop_seconds * self.corpus.utterances.sample_rate)
-        model = build_model(config.model, self.corpus.utterances.sample_rate)
+        model = build_model(config.model, self.corpus.utterances.sample_rate, config.features)
         loss = build_loss(
             config.loss, config.model.embedding_size, self.corpus.n_classes, config.data.utterances_per_speaker
         )
@@ -67,13 +69,14 @@ class Trainer:
         self.task.to(me.device, self.dtype)
         if config.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(config.optim, self.task.parameters())
+        self.optimizer = build_optimizer(config.optim, self.task.model.parameters(), self.task.loss.parameters())
         self.scaler = torch.amp.GradScaler(me.device.type, enabled=config.train.precision == "fp16")
 
         self.step = 0  # optimizer steps done
         self.window = {"loss": 0.0, "accuracy": 0.0, "steps": 0}  # sums since the last logged step
         self.best: dict | None = None  # {"step", "dev_eer"}
         self.seconds = 0.0  # of training, evaluation and saving apart
+        self.averaging = Averaging(config.train, self.task, self.steps_per_epoch, self.total_steps)
         self._resume_or_initialize()
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
@@ -107,6 +110,7 @@ class Trainer:
         )
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.averaging.load(state.get("averaging"))
         self.step, self.window, self.best, self.seconds = (state[k] for k in ("step", "window", "best", "seconds"))
 
     def state(self) -> dict:
@@ -117,6 +121,7 @@ class Trainer:
             "config": configuration.to_dict(self.config),
             "model": self.task.model.state_dict(),
             "loss": self.task.loss.state_dict(),
+            "averaging": self.averaging.state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"name": self.config.optim.schedule, "step": self.step},
             "scaler": self.scaler.state_dict(),
@@ -148,11 +153,12 @@ class Trainer:
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def evaluate(self) -> None:
-        """Evaluates the network as it is, on all ranks; a better development EER makes this step the best checkpoint."""
+        """Evaluates the network, averaged where the run averages, on all ranks; a better development EER makes this step the best checkpoint."""
         self.watchdog.pause()
         folder = self.run_dir / "eval" / f"step-{self.step:08d}"
         # Whole utterances differ in length, and each length would be compiled anew.
-        with torch.compiler.set_stance("force_eager"):
+        averaged = self.averaging.applied() if self.config.eval.weights == "averaged" else contextlib.nullcontext()
+        with torch.compiler.set_stance("force_eager"), averaged:
             result = evaluate.evaluate_network(
                 self.task.model, self.config, out_dir=folder, step=self.step, device=self.me.device
             )
@@ -197,6 +203,7 @@ class Trainer:
                 watchdog.computes(self.step)
                 loss, accuracy, asked = self.train_step(batch, stop)
                 self.step += 1
+                self.averaging.update(self.step)
                 bar.update()
                 if trace is not None:
                     trace.step()
@@ -224,11 +231,12 @@ class Trainer:
     def train_step(self, batch, stop: StopSignals) -> tuple[float, float, dict[str, bool]]:
         """One optimizer step. Returns the global loss and accuracy and what some rank asks for: stop, save."""
         c = self.config
-        rate = learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps)
+        utterances = c.data.speakers_per_batch * c.data.utterances_per_speaker
+        rate = learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps, utterances)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.task.loss.margin = margin(c.loss, self.step)
-        inputs = prepare(batch, self.samples, self.dtype, self.me.device)
+        self.task.loss.margin = margin(c.loss, self.step, self.steps_per_epoch)
+        inputs = prepare(batch, self.samples, self.dtype, self.me.device, c.features.dither)
         self.optimizer.zero_grad(set_to_none=True)
         if c.train.chunk:
             loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, c.train.chunk, self.me)
