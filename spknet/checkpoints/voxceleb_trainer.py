@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.resume import load_head_by_speaker
 from spknet.config import ModelConfig
 from spknet.models import MODELS
 
@@ -186,7 +187,7 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
     else:
         state = checkpoint.read(path)
     start = f"starting from the weights of {path}"
-    if state.get("format") != checkpoint.FORMAT:
+    if not checkpoint.is_ours(state):
         return [start, *load_into(task.model, task.loss, state, allow_partial)]
     own, theirs = task.model.state_dict(), state["model"]
     fitting = {key: value for key, value in theirs.items() if key in own and value.shape == own[key].shape}
@@ -197,7 +198,7 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
     )
     notes = _load(task.model, fitting, misfit, "network", allow_partial)
     speakers = [str(name) for name in corpus.utterances.speakers]
-    task.loss.load_state_dict(checkpoint.load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels))
+    task.loss.load_state_dict(load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels))
     return [start, *notes]
 
 

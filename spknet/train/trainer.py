@@ -23,6 +23,7 @@ from tqdm import tqdm
 from spknet import config as configuration
 from spknet import rng
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints.resume import check_resume, load_head_by_speaker
 from spknet.config import Config
 from spknet.data.batches import Corpus, loader
 from spknet.evaluate import evaluation as evaluate
@@ -94,7 +95,7 @@ class Trainer:
             path = c.resume
             state = checkpoint.read(path)
         if state is not None:
-            checkpoint.check_resume(state, path, self.config, self.corpus.fingerprint())
+            check_resume(state, path, self.config, self.corpus.fingerprint())
             self._load(state)
             self.say(f"continuing {path} at step {self.step}")
         elif c.initial_model:
@@ -104,7 +105,7 @@ class Trainer:
     def _load(self, state: dict) -> None:
         self.task.model.load_state_dict(state["model"])
         self.task.loss.load_state_dict(
-            checkpoint.load_head_by_speaker(self.task.loss, state, self.speakers(), self.corpus.utterances.labels)
+            load_head_by_speaker(self.task.loss, state, self.speakers(), self.corpus.utterances.labels)
             if state["data_fingerprint"] != self.corpus.fingerprint()
             else state["loss"]
         )
