@@ -9,6 +9,7 @@ from torch import nn
 from spknet.checkpoints.file import CheckpointError, load_weights, read, save
 from spknet.checkpoints.network import load_network
 from spknet.checkpoints.resume import NEEDED, check_resume, load_optimizer
+from spknet.checkpoints.voxceleb_trainer import fit
 from spknet.config import from_dict, to_dict
 
 BEFORE = Path(__file__).parents[1] / "reference/before/run/checkpoints/step-00000003.pt"
@@ -156,3 +157,14 @@ def test_the_network_of_a_float64_run_keeps_every_bit(state, tmp_path):
     state["model"] = {k: v.double() + 1e-12 if v.is_floating_point() else v for k, v in state["model"].items()}
     network, _, _ = load_network(save(tmp_path, state, keep=0))
     assert all(torch.equal(value, state["model"][name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "value", [torch.zeros(3, 2, dtype=torch.complex64), torch.zeros(3, 2, dtype=torch.int64), [1.0]]
+)
+def test_another_programs_weights_that_are_no_real_numbers_do_not_fit(value):
+    module = nn.Linear(2, 3)
+    found, misfit = fit(module, {"weight": value, "bias": torch.zeros(3)})
+    assert list(found) == ["bias"] and "1 misshapen: weight" in str(misfit)
+    found, misfit = fit(module, {"weight": torch.zeros(3, 2).half(), "bias": torch.zeros(3)})
+    assert list(found) == ["weight", "bias"] and not misfit  # weights are often published in half precision
