@@ -1,12 +1,13 @@
 """Everything a run needs to continue, in one file of tensors and plain values.
 
-    RUN/checkpoints/step-00001200.pt = {"format": "spknet checkpoint 1", "sealed", "step", "epoch", "config", "model", "loss",
+    RUN/checkpoints/step-00001200.pt = {"format": "spknet checkpoint 1", "step", "epoch", "config", "model", "loss",
         "averaging", "optimizer", "scheduler", "scaler", "speakers", "labels", "data_fingerprint", "versions", "facts",
-        "window", "best", "seconds"}
+        "window", "best", "seconds", "sample_rate",
+        "head": the index of a head in pieces (spknet.checkpoints.head), whose rows lie beside it in a folder}
 
 Written to a temporary name, synced, renamed: a file under its final name is whole. `torch.load(weights_only=True)` reads it. It
-is a zip archive whose comment holds the CRC-32 of all bytes before it ("sealed"): torch does not look at all of its own sums, and
-some bytes of an archive have none. Files of earlier versions lack the comment; their members' sums are checked.
+is a zip archive whose comment holds the CRC-32 of all bytes before it, its seal: torch does not look at all of its own sums, and
+some bytes of an archive have none. Files of earlier versions, and of others, lack the seal; their members' sums are checked.
 
     save(run_dir, state, keep=3); path, state = newest(run_dir, warn=print)
 """
@@ -25,12 +26,13 @@ from typing import Any
 
 import torch
 
-from shards.format import atomic_write
+from shards.format import atomic_write, remove_leftovers
 from spknet.errors import UserError, of_system
 
 FORMAT = "spknet checkpoint 1"
 SEAL = b"spknet crc32 %08x"
 SEAL_BYTES = len(SEAL % 0)
+TAIL_BYTES = 8192  # of a file, in which a seal is looked for that does not stand at the end
 NO_COMMENT = b"\0\0"  # the last two bytes of an archive without one: its length
 # First bytes of what is often found in a checkpoint's place.
 IMPOSTORS = {
@@ -42,6 +44,11 @@ IMPOSTORS = {
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written, read or continued from; the message says what to do."""
+
+
+def folder_of(path: str | Path) -> Path:
+    """Where the rows of a head in pieces lie that belongs to a checkpoint file (spknet.checkpoints.head)."""
+    return Path(path).with_suffix("")
 
 
 def path_of(run_dir: str | Path, step: int) -> Path:
@@ -64,14 +71,24 @@ def save(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            _write(state, file)
+            dump({"format": FORMAT, **state}, file)
             check()
     except (OSError, RuntimeError) as error:
         raise CheckpointError(_unwritten(path, error)) from error
     for old in steps(run_dir)[keep:] if keep > 0 else []:
         if old not in (state["step"], best_step):
             path_of(run_dir, old).unlink(missing_ok=True)
+    remove_orphans(run_dir)
     return path
+
+
+def remove_orphans(run_dir: str | Path) -> None:
+    """Deletes rows of heads whose checkpoint file is gone, or was never written by a run that was killed."""
+    for folder in (p for p in (Path(run_dir) / "checkpoints").glob("step-*") if p.is_dir()):
+        if folder.with_suffix(".pt").exists():
+            remove_leftovers(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Summed:
@@ -90,10 +107,11 @@ class _Summed:
             raise
 
 
-def _write(state: dict[str, Any], file) -> None:
+def dump(state: dict[str, Any], file) -> None:
+    """torch.save(state, file) for a file that is empty and open for writing, with the seal."""
     summed = _Summed(file)
     try:
-        torch.save({"format": FORMAT, "sealed": True, **state}, summed)
+        torch.save(state, summed)
     except RuntimeError as error:
         raise summed.failure or error from None
     file.seek(-len(NO_COMMENT), 2)
@@ -129,7 +147,7 @@ def read(path: str | Path) -> Any:
             raise CheckpointError(f"{path} is a folder; give a file, or a run folder that holds checkpoints/step-*.pt")
         if not stat.S_ISREG(kind):
             raise CheckpointError(f"{path} is a pipe or a device, not a file")
-        sealed = _check_sums(path)
+        _check_sums(path)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{path}: no such checkpoint; give a file, or a run folder that holds checkpoints/step-*.pt"
@@ -140,13 +158,11 @@ def read(path: str | Path) -> Any:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file, with advice that is not ours
         raise CheckpointError(_damaged(path, _reason(error))) from error
-    if isinstance(state, dict) and state.get("sealed") is True and not sealed:
-        raise CheckpointError(f"{path} is damaged: its checksum is missing; use an earlier checkpoint")
     return state
 
 
-def _check_sums(path: Path) -> bool:
-    """Whether the file has a seal, which fits. Raises CheckpointError for one that does not fit, and for what is no checkpoint."""
+def _check_sums(path: Path) -> None:
+    """Raises CheckpointError where the seal, or a member's sum, does not fit, and for what is no checkpoint."""
     with open(path, "rb") as file:
         head = file.read(64)
         if not head.strip():
@@ -154,15 +170,23 @@ def _check_sums(path: Path) -> bool:
         for beginning, what in IMPOSTORS.items():
             if head.lstrip().startswith(beginning):
                 raise CheckpointError(f"{path} is not a checkpoint: {what}")
-        size = file.seek(0, 2)
-        file.seek(max(0, size - SEAL_BYTES))
-        note = file.read()
-        if re.fullmatch(rb"spknet crc32 [0-9a-f]{8}", note):
-            if SEAL % _crc(file, size - SEAL_BYTES) != note:
-                raise CheckpointError(f"{path} is damaged: its checksum does not fit; use an earlier checkpoint")
-            return True
-    _check_members(path)
-    return False
+        sealed = _seal_fits(file)
+    if sealed is False:
+        raise CheckpointError(f"{path} is damaged: its checksum does not fit; use an earlier checkpoint")
+    if sealed is None:
+        _check_members(path)
+
+
+def _seal_fits(file) -> bool | None:
+    """None where there is no seal, nor what is left of one."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - TAIL_BYTES))
+    tail, length = file.read(), SEAL_BYTES.to_bytes(2, "little")
+    note = tail[-SEAL_BYTES:]
+    if re.fullmatch(rb"spknet crc32 [0-9a-f]{8}", note) and tail[:-SEAL_BYTES].endswith(length):
+        return SEAL % _crc(file, size - SEAL_BYTES) == note
+    end = tail.rfind(b"PK\5\6")  # the archive's last record: 20 bytes, the comment's length, the comment
+    return False if b"spknet crc32" in tail or (end >= 0 and tail[end + 20 : end + 22] == length) else None
 
 
 def _crc(file, end: int) -> int:
@@ -205,16 +229,28 @@ def _damaged(path: Path, reason: str) -> str:
     return f"{path} is damaged or not a checkpoint: {reason}; use an earlier checkpoint"
 
 
-def newest(run_dir: str | Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+def _check_head(path: Path, state: dict[str, Any]) -> None:
+    for entry in state.get("head", {}).get("files", []):
+        rows = folder_of(path) / entry["name"]
+        size = rows.stat().st_size if rows.is_file() else 0
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path}: {rows} has {size} bytes, expected {entry['bytes']}: it is cut or missing")
+
+
+def newest(run_dir: str | Path, warn: Callable[[str], None], head: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of a run, or None where it has none.
 
-    warn: called with a message for each damaged one passed over. Raises CheckpointError where all are damaged.
+    warn: called with a message for each damaged one passed over; head: the rows of a head in pieces must be there too.
+    Raises CheckpointError where all are damaged.
     """
     found = steps(run_dir)
     for step in found:
         path = path_of(run_dir, step)
         try:
-            return path, read(path)
+            state = read(path)
+            if head:
+                _check_head(path, state)
+            return path, state
         except CheckpointError as error:
             warn(f"{error} (using the one before it)")
     if found:
@@ -227,6 +263,13 @@ def newest(run_dir: str | Path, warn: Callable[[str], None]) -> tuple[Path, dict
 def is_ours(state: Any) -> bool:
     """Whether the content of a file is a checkpoint of spknet that this version reads."""
     return isinstance(state, dict) and state.get("format") == FORMAT
+
+
+def sample_rate(state: dict[str, Any]) -> int:
+    """Hz that the network of one of our checkpoints is given. Old ones do not say; their 25 ms window tells."""
+    weights = state.get("model")
+    window = weights.get("features.window") if isinstance(weights, dict) else None
+    return state.get("sample_rate") or (16000 if window is None else 40 * len(window))
 
 
 def load_weights(module: torch.nn.Module, weights: Any, where: str) -> None:

@@ -5,7 +5,6 @@ network, config, meta = load_network("runs/a")
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 from spknet import config as configuration
 from spknet.checkpoints import voxceleb_trainer as legacy
 from spknet.checkpoints.averages import with_averages
-from spknet.checkpoints.file import CheckpointError, is_ours, load_weights, newest, path_of, read, steps
+from spknet.checkpoints.file import CheckpointError, is_ours, load_weights, newest, path_of, read, sample_rate, steps
 from spknet.config import Config, ConfigError, ModelConfig
+from spknet.messages import warn
 from spknet.models import build_model
 
 
@@ -39,7 +39,7 @@ def load_network(
         state = read(path)
     if is_ours(state):
         config = _options(state, path)
-        network = build_model(config.model, state.get("sample_rate", 16000), config.features)
+        network = build_model(config.model, sample_rate(state), config.features)
         if config.train.precision == "float64":
             network = network.double()
         load_weights(network, _weights(state, path, weights or config.eval.weights), f"{path}, `model`,")
@@ -47,7 +47,7 @@ def load_network(
         config = Config(model=model or legacy.guess_model(state))
         network = build_model(config.model)
         legacy.load_into(network, None, state, allow_partial=False)
-    wanted = ("step", "epoch", "speakers", "labels", "data_fingerprint")
+    wanted = ("step", "epoch", "sample_rate", "speakers", "labels", "data_fingerprint")
     meta = {"path": str(path)} | {name: state[name] for name in wanted if name in state}
     return network.to(device).eval(), config, meta
 
@@ -70,13 +70,9 @@ def _of_run(run_dir: Path) -> tuple[Path, dict[str, Any]]:
     there = steps(run_dir)
     if not there:
         raise CheckpointError(f"{run_dir} holds no checkpoints/step-*.pt; give a run folder or a checkpoint file")
-    found = newest(run_dir, warn=_warn)
+    found = newest(run_dir, warn=warn, head=False)
     best = (found[1].get("best") or {}).get("step")
     if best in there and best != found[1]["step"]:
         path = path_of(run_dir, best)
         return path, read(path)
     return found
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)

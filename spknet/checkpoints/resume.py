@@ -24,7 +24,7 @@ from spknet.data.presets import composition
 # may lie elsewhere, but must be the same (their fingerprint is that of the data); a length may change where no rate hangs on it.
 MAY_CHANGE = re.compile(
     r"run_dir|data\.(train_shards|train_list|train_root|workers|cache_dir|cache_gib)|augment\.(noise|rir)_shards"
-    r"|train\.(epochs|max_steps|save_\w+|keep_checkpoints|resume\w*|initial_model|allow_partial|timeout_seconds|profile|threads)"
+    r"|loss\.sharded|train\.(epochs|max_steps|save_\w+|keep_checkpoints|resume\w*|initial_model|allow_partial|timeout_seconds|profile|threads)"
     r"|(eval|log)\..*"
 )
 LENGTH_MATTERS = ("cosine", "warmup_cosine", "exponential")  # optim.schedule: rates that hang on the last step's number

@@ -22,7 +22,6 @@ import os
 import secrets
 import socket
 import stat
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from typing import Any
 
 from shards.format import atomic_write
 from spknet.errors import UserError
+from spknet.messages import warn
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 35.0  # an owner elsewhere whose lock is not renewed for so long counts as dead
@@ -116,12 +116,8 @@ class Owner:
         os.close(self._file)
 
 
-def _to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
-def hold(run_dir: str | Path, say: Callable[[str], None] = _to_stderr) -> Iterator[Owner]:
+def hold(run_dir: str | Path, say: Callable[[str], None] = warn) -> Iterator[Owner]:
     """Owns RUN, which is made where it is missing and removed again where nothing has been written into it.
 
     say: called with a line where the owner of a lock has to be waited for. Raises RunError naming the owner.

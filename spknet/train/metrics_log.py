@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shards.format import atomic_write
+from spknet.messages import warn
 from spknet.train.growing import GrowingFile
 from spknet.train.lock import Owner
 
@@ -70,9 +70,9 @@ class MetricsLog:
         step: int,
         tensorboard: bool,
         owner: Owner | None = None,
-        say: Callable[[str], None] | None = None,
+        say: Callable[[str], None] = warn,
     ):
-        self.run_dir, self.owner, self.say = Path(run_dir), owner, say or _to_stderr
+        self.run_dir, self.owner, self.say = Path(run_dir), owner, say
         self.path = self.run_dir / "metrics.jsonl"
         self.kept = self._cut(step)
         self.file = GrowingFile(self.path, self.say)
@@ -137,10 +137,6 @@ class MetricsLog:
         self.file.close()
         if self.board is not None:
             self.board.file.close()
-
-
-def _to_stderr(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class Meter:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -29,7 +28,6 @@ from typing import Any
 import yaml
 
 from shards.format import atomic_write
-from spknet.errors import UserError
 from spknet.train.lock import STALE_SECONDS, Owner, RunError, hold, may_write
 from spknet.train.signals import StopSignals
 
@@ -98,18 +96,6 @@ def _overwrite(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sentence(error: BaseException) -> str:
-    """What state.json says of an error: its message on one line, without the tracebacks that loaders put round it."""
-    text = str(error).strip()
-    if "Traceback (most recent call last)" in text:
-        last = [line for line in text.splitlines() if line and not line.startswith((" ", "\t"))][-1]
-        return re.sub(r"^\w+\.[\w.]+: ", "", last)  # `shards.format.ShardError: `
-    text = " ".join(text.split())
-    if isinstance(error, UserError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 def begin(owner: Owner, options: dict[str, Any], about: dict[str, Any], step: int) -> list[str]:
     """Puts a start on record, once every check has passed: config.yaml, record.json and the state `running`.
 
@@ -148,10 +134,10 @@ def _is_edited(path: Path, text: bytes) -> bool:
         return True
 
 
-def refuse(run_dir: str | Path, error: BaseException, token: str | None = None) -> None:
+def refuse(run_dir: str | Path, reason: str, token: str | None = None) -> None:
     """Notes why a start failed before begin(): in a folder that has no state yet. Any other stays as it was."""
     if read_state(run_dir) is None:
-        write_state(run_dir, "failed", 0, sentence(error), token)
+        write_state(run_dir, "failed", 0, reason, token)
 
 
 def carries_on(run_dir: str | Path) -> bool:
@@ -176,7 +162,7 @@ def set_aside(owner: Owner, keep: Path | None = None) -> list[str]:
     """
     owner.check()
     folder = owner.run_dir
-    paths = [path for path in (folder / "checkpoints").glob("step-*.pt") if keep is None or not _same(path, keep)]
+    paths = [path for path in (folder / "checkpoints").glob("step-*") if keep is None or path.stem != keep.stem]
     if keep is None:
         paths += [folder / name for name in ("metrics.jsonl", "tensorboard", "eval", "profile")]
     paths = [path for path in paths if path.exists()]
@@ -188,10 +174,6 @@ def set_aside(owner: Owner, keep: Path | None = None) -> list[str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
     return [f"begun anew in {folder}; what stood there is kept in {aside}"]
-
-
-def _same(path: Path, other: Path) -> bool:
-    return other.exists() and path.samefile(other)
 
 
 def _unused(folder: Path, prefix: str) -> Path:

@@ -63,7 +63,7 @@ def test_a_hundred_random_damages_are_all_named_and_the_checkpoint_before_is_use
     used, found = newest(tmp_path, said.append)
     assert used.name == "step-00000001.pt" and found["step"] == 1 and len(said) == 1
     path.write_bytes(content)
-    assert equal(read(path), {"format": checkpoint.FORMAT, "sealed": True, **state})
+    assert equal(read(path), {"format": checkpoint.FORMAT, **state})
 
 
 def test_a_hundred_random_damages_to_a_checkpoint_without_a_seal_change_no_number_unnoticed(tmp_path):
@@ -79,14 +79,19 @@ def test_a_hundred_random_damages_to_a_checkpoint_without_a_seal_change_no_numbe
     assert noticed > 50  # the rest hit bytes that mean nothing: padding, times
 
 
-def test_a_seal_that_was_cut_off_is_missed(tmp_path):
+def test_a_checkpoint_that_somebody_has_written_anew_has_no_seal_and_is_read(tmp_path):
+    path = save(tmp_path, {"step": 1}, keep=0)
+    torch.save(read(path) | {"step": 2}, path)
+    assert read(path)["step"] == 2
+
+
+def test_every_byte_of_the_seal_counts(tmp_path):
     path = save(tmp_path, {"step": 1}, keep=0)
     content = path.read_bytes()
-    plain = content[: -checkpoint.SEAL_BYTES - 2] + checkpoint.NO_COMMENT
-    path.write_bytes(plain)
-    assert torch.load(path, weights_only=True)["step"] == 1
-    with pytest.raises(CheckpointError, match="its checksum is missing"):
-        read(path)
+    for place in range(1, checkpoint.SEAL_BYTES + 3):  # the seal and the two bytes of its length
+        path.write_bytes(content[:-place] + bytes([content[-place] ^ 1]) + content[len(content) - place + 1 :])
+        with pytest.raises(CheckpointError, match="its checksum does not fit"):
+            read(path)
 
 
 class Program:

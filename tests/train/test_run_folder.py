@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shards.format import ShardError
 from spknet.train import run_folder as run
 from spknet.train.lock import RunError, hold
-from spknet.train.run_folder import begin, carries_on, read_state, refuse, sentence, set_aside, write_state
+from spknet.train.run_folder import begin, carries_on, read_state, refuse, set_aside, write_state
 from tests.train.full_disk import on_a_small_disk
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,14 +73,14 @@ def test_a_start_that_is_refused_leaves_a_finished_run_as_it_was(tmp_path):
         try:
             raise RunError("options have changed")
         except RunError as error:
-            refuse(tmp_path, error, owner.token)
+            refuse(tmp_path, str(error), owner.token)
             raise
     assert snapshot(tmp_path) == before
 
 
 def test_a_first_start_that_fails_before_it_began_says_why(tmp_path):
     with hold(tmp_path / "new") as owner:
-        refuse(tmp_path / "new", ShardError("index.json is missing"), owner.token)
+        refuse(tmp_path / "new", "index.json is missing", owner.token)
     assert (read_state(tmp_path / "new")["state"], read_state(tmp_path / "new")["reason"]) == (
         "failed",
         "index.json is missing",
@@ -137,16 +136,6 @@ def test_a_full_disk_cannot_keep_the_state_from_being_told(tmp_path):
         """,
     )
     assert "failed 3 the disk is full" in said and ".tmp" not in said and "True []" in said
-
-
-def test_a_reason_is_one_sentence_without_tracebacks():
-    loader = (
-        "Caught ShardError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-        '  File "x.py", line 3, in f\n    raise\nshards.format.ShardError: a.tar is cut: 5 of 9 bytes\n'
-    )
-    assert sentence(ShardError(loader)) == "a.tar is cut: 5 of 9 bytes"
-    assert sentence(ShardError("two\n lines")) == "two lines"
-    assert sentence(KeyError("x")) == "KeyError: 'x'" and sentence(MemoryError()) == "MemoryError"
 
 
 def git(folder, *words):
