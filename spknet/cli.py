@@ -12,8 +12,6 @@ from importlib import metadata
 
 from spknet.errors import USAGE, run
 
-from spknet.errors import run
-
 COMMANDS = {
     "make data": {
         "lists": ("tools.lists", "a training list from a folder, a CSV or Kaldi's files"),
