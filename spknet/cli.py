@@ -10,6 +10,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "lists": ("shards.make_lists", "training lists from folders, Kaldi tables, CSV files"),
     "pack": ("shards.pack", "WAV, FLAC, ... files to tar shards"),
     "verify": ("shards.verify", "check packed shards for damage"),
     "stats": ("shards.info", "speakers, hours and durations of packed shards"),
