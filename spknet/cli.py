@@ -14,7 +14,7 @@ from spknet.errors import USAGE, run
 
 COMMANDS = {
     "make data": {
-        "lists": ("tools.lists", "a training list from a folder, a CSV or Kaldi's files"),
+        "lists": ("shards.make_lists", "a training list from a folder, a CSV or Kaldi's files"),
         "pack": ("shards.pack", "WAV, FLAC, ... files to tar shards"),
         "verify": ("shards.verify", "check packed shards for damage"),
         "stats": ("shards.info", "speakers, hours and durations of packed shards"),
