@@ -21,8 +21,10 @@ from spknet.evaluate.trials import TrialError, Trials, list_name, open_text, rea
 
 
 def read_report(path: str | Path) -> tuple[Path, dict]:
-    """(folder, report) of an evaluation's folder or its report.json. Raises TrialError."""
+    """(folder, report) of an evaluation's folder or its report.json, or of a run's newest evaluation. Raises TrialError."""
     path = Path(path)
+    if path.is_dir() and not (path / "report.json").exists():  # a run: its newest evaluation
+        path = max(path.glob("eval/step-*/report.json"), default=path / "report.json").parent
     path = path / "report.json" if path.is_dir() else path
     try:
         found = json.loads(path.read_text())
