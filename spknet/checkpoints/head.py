@@ -167,15 +167,15 @@ def load(loss, optimizer: torch.optim.Optimizer | None, source: list[Rows], clas
         inside = [(piece, old, (old >= 0) & (old < rows.last - rows.first)) for piece, old in wanted]
         inside = [(piece, np.flatnonzero(here), old[here]) for piece, old, here in inside if here.any()]
         content = rows.content() if inside else None
-        for piece, here, there in inside:
+        for piece, own, there in inside:
             _check(content, piece, per_class)
             for key, parameter in (("weight", piece.weight), ("bias", piece.bias)):
                 if parameter is not None:
                     each = per_class if key == "weight" else 1
-                    _fill(parameter, key, content, optimizer, (_rows(here, each), _rows(there, each)))
+                    _fill(parameter, key, content, optimizer, (_rows(own, each), _rows(there, each)))
             if optimizer is not None and piece.seen is not None and content.get("seen") is not None:
-                piece.seen[torch.from_numpy(here)] = content["seen"][there].to(piece.seen)
-            count += len(here)
+                piece.seen[torch.from_numpy(own)] = content["seen"][there].to(piece.seen)
+            count += len(own)
     return count
 
 
