@@ -27,7 +27,7 @@ FAMILIES = {
     "ECAPA, speechbrain": ModelConfig(name="ECAPA-512", width=0.125, embedding_size=32, variant="speechbrain"),
     "CAM++": ModelConfig(name="CAM++", width=0.25, embedding_size=32),
 }
-FIRST = {FAMILIES[name].name: name for name in reversed(FAMILIES)}.values()  # one of each family
+FIRST = [name for name in FAMILIES if "," not in name]  # one of each family
 
 
 def task(config: ModelConfig, precision: str, loss: str, classes: int, world: int = 1) -> SpeakerTask:
@@ -94,10 +94,10 @@ def crops(shared, speakers: int, utterances: int, seconds: float) -> torch.Tenso
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FIRST)
 def test_overfits_eight_speakers_of_real_speech(name, shared):
     waves, labels = crops(shared, 8, 4, 0.5), torch.arange(8)
-    training, losses = Training(task(FAMILIES[name], "float32", "softmax", 8), lr=1e-3), []
+    training, losses = Training(task(FAMILIES[name], "float32", "softmax", 8), lr=2e-3), []
     for step in range(120):
         loss, accuracy = training.step(waves[:, 2 * (step % 2) :][:, :2], labels)
         losses.append(float(loss))
@@ -142,14 +142,14 @@ def test_chunks_train_with_the_statistics_of_a_chunk(name):
 
 
 @pytest.mark.slow
-def test_compiled_ecapa_trains_like_the_plain_one():
+def test_the_compiler_captures_forward_and_backward():
     torch.compiler.reset()
     waves = 0.1 * torch.randn(2, 2, 6400, generator=torch.Generator().manual_seed(0))
     losses = []
     for compiled in (False, True):
         made = task(FAMILIES["ECAPA"], "float32", "angleproto", 2)
         if compiled:
-            made.model.compile()
+            made.model.compile(backend="aot_eager")
         training = Training(made, lr=1e-4)
         for _ in range(2):
             loss, _ = training.step(waves, torch.arange(2))
