@@ -3,11 +3,11 @@
     python -m tools.bench step --models all                       on the CPU, one thread
     python -m tools.bench step --models ResNet34,ECAPA-1024 --device cuda --batch 128
 
-A network is built as published, in training mode, on noise. Its steps alternate with ResNetSE34L's on the same waves, so that
-the machine's drift hits both; the ratio is that of the median times. With one thread on the CPU the process's own time counts,
-so that other work on the machine does not. Memory is the highest of a step, weights, gradients and
-activations: on the CPU a process's resident memory less what it was before the network was built, each network in a process of
-its own; on a GPU what torch allocated. bf16 is autocast's.
+A network is built as published, in training mode, on noise. Its steps alternate with ResNetSE34L's on the same waves,
+so that the machine's drift hits both; the ratio is that of the median times. With one thread on the CPU the process's
+own time counts, so that other work on the machine does not. Memory is the highest of a step, weights, gradients and
+activations: on the CPU a process's resident memory less what it was before the network was built, each network in a
+process of its own; on a GPU what torch allocated. bf16 is autocast's.
 """
 
 from __future__ import annotations
