@@ -52,7 +52,7 @@ def voxceleb_trainer(path: str | Path, weights: str | None = None) -> tuple[dict
         raise ConfigError(f"model.encoder {chosen.encoder}: voxceleb_trainer's {chosen.name} takes {fits}")
     state = checkpoint.read(meta["path"])
     loss = None
-    if state.get("format") == checkpoint.FORMAT:
+    if state.get("format") == checkpoint.FORMAT and "head" not in state:  # a head in pieces is too large to go along
         head = with_averages(state, weights or config.eval.weights)["loss"]
         rows = [value.shape[0] for name, value in head.items() if name.endswith("weight")]
         loss = build_loss(config.loss, chosen.embedding_size, max(rows, default=1), config.data.utterances_per_speaker)

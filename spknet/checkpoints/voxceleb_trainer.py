@@ -21,8 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints import head
 from spknet.checkpoints.file import CheckpointError
 from spknet.config import ModelConfig
+from spknet.losses.classification import Classifier
+from spknet.losses.sharded import Sharded
 from spknet.models import MODELS
 
 HEAD = [
@@ -203,7 +206,10 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
     )
     notes = _load(task.model, fitting, misfit, "network", allow_partial)
     speakers = [str(name) for name in corpus.utterances.speakers]
-    task.loss.load_state_dict(checkpoint.load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels))
+    if isinstance(task.loss, Sharded) or ("head" in state and isinstance(task.loss, Classifier)):
+        head.initialize(task.loss, path, state, speakers, corpus.utterances.labels)
+    else:
+        task.loss.load_state_dict(checkpoint.load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels))
     return [start, *notes]
 
 

@@ -23,6 +23,7 @@ import yaml
 
 from shards.format import atomic_write, remove_leftovers
 from spknet import config as configuration
+from spknet.checkpoints.file import remove_orphans
 from spknet.config import Config
 from spknet.data.batches import LoaderLost
 from spknet.errors import INTERRUPTED, USAGE, UserError
@@ -162,6 +163,7 @@ def _own(run: Run, config: Config) -> None:
     owner.enter_context(run_folder.owned(config.run_dir))
     run.owner = owner
     remove_leftovers(Path(config.run_dir) / "checkpoints")  # of a run killed while it saved
+    remove_orphans(config.run_dir)
 
 
 def _describe(config: Config, places: list[tuple[str, str]]) -> None:
