@@ -1,4 +1,4 @@
-"""Benchmarks: programs that print ratios measured in one run. `python -m tools.bench loader|exact|score|voxceleb [options]`."""
+"""Benchmarks: programs that print ratios measured in one run. `python -m tools.bench loader|exact|score|step|voxceleb [options]`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ BENCHMARKS = {
     "loader": "tools.bench.loader",
     "exact": "tools.bench.exact",
     "score": "tools.bench.score",
+    "step": "tools.bench.step",
     "voxceleb": "tools.bench.voxceleb",
 }
 
