@@ -70,6 +70,10 @@ class SincFilters(nn.Module):
     def forward(self, waves: Tensor) -> Tensor:
         return F.conv1d(waves[:, None], self.filters(), stride=self.stride)
 
+    @staticmethod
+    def multiply_adds(output: Tensor) -> int:
+        return output.numel() * TAPS
+
 
 class FilterBank(nn.Module):
     """waves (batch, samples) -> normalised log magnitudes (batch, channels, frames); masks as in spknet.models.features."""
