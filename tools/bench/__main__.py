@@ -1,4 +1,4 @@
-"""Benchmarks: programs that print ratios measured in one run. `python -m tools.bench loader|exact|score|voxceleb [options]`."""
+"""Benchmarks: programs that print ratios measured in one run. `python -m tools.bench loader|exact|head|score|voxceleb [options]`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 BENCHMARKS = {
     "loader": "tools.bench.loader",
     "exact": "tools.bench.exact",
+    "head": "tools.bench.head",
     "score": "tools.bench.score",
     "voxceleb": "tools.bench.voxceleb",
 }
