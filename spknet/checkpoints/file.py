@@ -1,6 +1,6 @@
 """Everything a run needs to continue, in one file of tensors and plain values.
 
-    RUN/checkpoints/step-00001200.pt = {"format": "spknet checkpoint 1", "step", "epoch", "config", "model", "loss",
+    RUN/checkpoints/step-00001200.pt = {"format": "spknet checkpoint 1", "step", "epoch", "config", "sample_rate", "model", "loss",
         "averaging", "optimizer", "scheduler", "scaler", "speakers", "labels", "data_fingerprint", "versions", "window", "best", "seconds",
         "head": the index of a head in pieces (spknet.checkpoints.head), whose rows lie beside it in a folder}
 
@@ -218,7 +218,7 @@ def load_network(
         state = read(path)
     if isinstance(state, dict) and state.get("format") == FORMAT:
         config = configuration.from_dict(state["config"])
-        network = build_model(config.model, state.get("sample_rate", 16000), config.features)
+        network = build_model(config.model, sample_rate(state), config.features)
         if config.train.precision == "float64":
             network = network.double()
         network.load_state_dict(with_averages(state, weights or config.eval.weights)["model"])
@@ -228,9 +228,15 @@ def load_network(
         config = Config(model=model or legacy.guess_model(state))
         network = build_model(config.model)
         legacy.load_into(network, None, state, allow_partial=False)
-    wanted = ("step", "epoch", "speakers", "labels", "data_fingerprint")
+    wanted = ("step", "epoch", "sample_rate", "speakers", "labels", "data_fingerprint")
     meta = {"path": str(path)} | {name: state[name] for name in wanted if name in state}
     return network.to(device).eval(), config, meta
+
+
+def sample_rate(state: dict[str, Any]) -> int:
+    """Hz that the network of one of our checkpoints is given. Old ones do not say; their 25 ms window tells."""
+    window = state["model"].get("features.window")
+    return state.get("sample_rate") or (16000 if window is None else 40 * len(window))
 
 
 def _of_run(run_dir: Path) -> tuple[Path, dict[str, Any]]:

@@ -10,7 +10,7 @@ A file is a piece of the head, so that its name and content do not depend on the
 the .pt is written when all of them are durable: a checkpoint without its .pt does not exist. A run with other ranks, other
 pieces or other speakers reads those rows that it wants. The speakers' names and labels stand in the .pt.
 
-    index = write(path, head, optimizer, me)  # every rank; rank 0 then writes path
+    index = write(path, head, optimizer)  # every rank; rank 0 then writes path
     resume(head, n_network, optimizer, path, state)
 """
 
@@ -29,8 +29,8 @@ import torch
 from shards.format import atomic_write
 from spknet.checkpoints.file import CheckpointError, folder_of, read
 from spknet.losses.sharded import Piece, Sharded
-from spknet.parallel import ranks as distributed
-from spknet.parallel.ranks import Ranks
+from spknet.parallel.ranks import here
+from spknet.parallel.together import gather_objects, together
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,23 @@ class Rows:
     content: Callable[[], dict[str, Any]]
 
 
-def write(path: Path, head: Sharded, optimizer: torch.optim.Optimizer, me: Ranks) -> dict[str, Any]:
+def write(path: Path, head: Sharded, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Writes this rank's pieces beside `path` and returns the index of all ranks' pieces.
 
     Every rank calls it. Raises CheckpointError on every rank where one cannot write.
     """
     folder = folder_of(path)
-    told: list | str
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        told = [_write_piece(folder, head, piece, optimizer) for piece in head.pieces]
-    except (OSError, RuntimeError) as error:
-        told = (
-            f"rank {me.rank} cannot write {folder}: {error}; earlier checkpoints are intact: make room and start again"
-        )
-    every = distributed.gather_objects(told, me)
-    failed = [text for text in every if isinstance(text, str)]
-    if failed:
-        raise CheckpointError(failed[0])
-    index = {"classes": head.n_classes, "per_class": head.rule.centers, "files": sum(every, [])}
-    if me.first:
+    own: list[dict[str, Any]] = []
+    with together("saving the head"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            own = [_write_piece(folder, head, piece, optimizer) for piece in head.pieces]
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"cannot write {folder}: {error}; earlier checkpoints are intact: make room and start again"
+            ) from error
+    index = {"classes": head.n_classes, "per_class": head.rule.centers, "files": sum(gather_objects(own), [])}
+    if here().first:
         with atomic_write(folder / "index.json") as file:
             file.write(json.dumps(index, indent=1).encode() + b"\n")
     return index
@@ -170,15 +167,15 @@ def load(loss, optimizer: torch.optim.Optimizer | None, source: list[Rows], clas
         inside = [(piece, old, (old >= 0) & (old < rows.last - rows.first)) for piece, old in wanted]
         inside = [(piece, np.flatnonzero(here), old[here]) for piece, old, here in inside if here.any()]
         content = rows.content() if inside else None
-        for piece, here, there in inside:
+        for piece, own, there in inside:
             _check(content, piece, per_class)
             for key, parameter in (("weight", piece.weight), ("bias", piece.bias)):
                 if parameter is not None:
                     each = per_class if key == "weight" else 1
-                    _fill(parameter, key, content, optimizer, (_rows(here, each), _rows(there, each)))
+                    _fill(parameter, key, content, optimizer, (_rows(own, each), _rows(there, each)))
             if optimizer is not None and piece.seen is not None and content.get("seen") is not None:
-                piece.seen[torch.from_numpy(here)] = content["seen"][there].to(piece.seen)
-            count += len(here)
+                piece.seen[torch.from_numpy(own)] = content["seen"][there].to(piece.seen)
+            count += len(own)
     return count
 
 

@@ -191,6 +191,12 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
     start = f"starting from the weights of {path}"
     if state.get("format") != checkpoint.FORMAT:
         return [start, *load_into(task.model, task.loss, state, allow_partial)]
+    rate, ours = checkpoint.sample_rate(state), task.model.sample_rate
+    if rate != ours and not allow_partial:
+        raise CheckpointError(
+            f"{path} is of a network for {rate} Hz, the training data have {ours} Hz; give another checkpoint, or"
+            " --train.allow_partial true to start from its weights nonetheless"
+        )
     own, theirs = task.model.state_dict(), state["model"]
     fitting = {key: value for key, value in theirs.items() if key in own and value.shape == own[key].shape}
     misfit = Misfit(

@@ -24,7 +24,8 @@ import torch
 from shards.reader import Utterances, open_shards
 from spknet import rng
 from spknet.config import AugmentConfig, ConfigError
-from spknet.data.mixing import DITHER_TABLE, Mixing, mix
+from spknet.data import dither
+from spknet.data.mixing import Mixing, mix
 from spknet.data.presets import CATEGORY, Composition, composition, kinds
 
 __all__ = ["SNR_DB", "Augmenter", "classes_per_speaker", "mix", "noise_fingerprint"]
@@ -75,7 +76,7 @@ class Augmenter:
         speed_slots: (n,), what the speed is drawn by (the slots): equal ones get the same speed. Returns speed (n,) percent
         and speed_of_P (places at P percent); masks (n, 2 K, 2); noise (k, samples) int16 with noise_of (k,) places in the
         batch and noise_snr (k,) dB; rir (j, rir_samples) int16 with rir_of (j,); augmented (n,) bool; gain_db (n,);
-        lowpass_of, lowpass_hz; telephone_of, telephone_law; dither_start (n,); mixing.
+        lowpass_of, lowpass_hz; telephone_of, telephone_law; dither (n,), keys; mixing.
         """
         drawn = self.draw(epoch, slots, speed_slots)
         out: dict = dict(drawn.tensors)
@@ -121,6 +122,8 @@ class Augmenter:
             if self.composition.level != "kept":
                 drawn.tensors["augmented"] = drawn.kind >= 0
         self._draw_channel(drawn.tensors, uniform)
+        if c.dither:
+            drawn.tensors["dither"] = dither.keys(self.seed, epoch, slots)
         return drawn
 
     def _speeds(self, draws: np.ndarray) -> dict[str, np.ndarray]:
@@ -179,8 +182,6 @@ class Augmenter:
             either = (uniform("telephone law")[these] * 2).astype(np.int64)
             tensors["telephone_of"] = these
             tensors["telephone_law"] = {"mu": 0 * either, "a": 0 * either + 1, "both": either}[c.telephone_law]
-        if c.dither:
-            tensors["dither_start"] = (uniform("dither") * DITHER_TABLE).astype(np.int64)
 
     def _rows(
         self, source: Utterances, uniform, tag: str, slots: np.ndarray, category

@@ -10,15 +10,12 @@ sqrt((P_speech + floor) / (P_noise + floor) / 10^(SNR / 10)), where speech is wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
-from spknet import rng
+from spknet.data import dither
 from spknet.data.channel import convolve, low_pass, resampler, telephone
 from spknet.data.presets import PEAK_FLOOR
-
-DITHER_TABLE = 1 << 20  # samples of white noise that dither is cut from
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ def mix(crops: torch.Tensor, augment: dict[str, torch.Tensor], samples: int, dty
     if len(augment.get("telephone_of", ())):
         these = augment["telephone_of"]
         waves = waves.index_copy(0, these, telephone(waves[these], augment["telephone_law"], how.rate))
-    if "dither_start" in augment:
-        waves = waves + _dither(augment["dither_start"], samples, dtype) * (how.dither / 32768)
+    if "dither" in augment:
+        waves = dither.add(waves, augment["dither"], how.dither)
     return waves
 
 
@@ -111,15 +108,3 @@ def _change_speed(waves: torch.Tensor, augment: dict[str, torch.Tensor], samples
             changed = resampler(int(name.removeprefix("speed_of_")), 100, waves.dtype, waves.device)(waves[these])
             out[these] = changed[:, :samples]
     return out
-
-
-@lru_cache(maxsize=4)
-def _white_noise(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    table = rng.stream(0, 0, "dither").standard_normal(DITHER_TABLE)
-    return torch.from_numpy(table).to(device, dtype)
-
-
-def _dither(starts: torch.Tensor, samples: int, dtype: torch.dtype) -> torch.Tensor:
-    # One table for all, entered at a place drawn by slot: a generator on the device would not be the same everywhere.
-    table = _white_noise(dtype, starts.device)
-    return table[(starts[:, None] + torch.arange(samples, device=table.device)) % DITHER_TABLE]

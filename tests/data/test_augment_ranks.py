@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from spknet import config
-from spknet.data.batches import Corpus, Steps
+from spknet.data.batches import Steps
+from spknet.data.corpus import Corpus
 from spknet.data.presets import PRESETS
 from spknet.losses import LOSSES
 from spknet.parallel.ranks import Ranks

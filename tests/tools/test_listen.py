@@ -7,7 +7,8 @@ import torch
 from matplotlib import image
 
 from spknet import config
-from spknet.data.batches import Corpus, Steps
+from spknet.data.batches import Steps
+from spknet.data.corpus import Corpus
 from spknet.data.mixing import mix
 from spknet.parallel.ranks import Ranks
 from tools.listen import main
