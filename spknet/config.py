@@ -63,6 +63,9 @@ class DataConfig:
     epoch: Literal["utterances", "balanced"] = option(
         "utterances", "an epoch covers utterances once, or speakers equally"
     )
+    plan: Literal["auto", "table", "formula"] = option(
+        "auto", "an epoch's batches: a table of them, or a formula; auto: a formula from 2^24 utterances on"
+    )
     workers: int = option(2, "loader processes of each rank; 0 loads in the training process", ge=0, le=1024)
     cache_dir: str | None = option(None, "node-local folder that tars are copied to before they are read")
     cache_gib: float = option(0.0, "size limit of cache_dir in GiB; 0 for none", ge=0)

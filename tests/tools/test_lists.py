@@ -31,7 +31,7 @@ def test_pattern_finds_the_speaker_in_each_path(root, capsys):
         "2 speakers, 3 utterances: 1 to 2 a speaker, median 1.5; 1 speakers with a single one"
         in capsys.readouterr().out
     )
-    assert [key for _, key, _ in read_list(root.parent / "list.txt", root)] == [
+    assert [key for _, key, _ in lists.read_list(root.parent / "list.txt", root)] == [
         "spk1/s1/a",
         "spk1/s2/b",
         "spk2/s1/a",
