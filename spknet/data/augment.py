@@ -74,7 +74,7 @@ class Augmenter:
 
         speed_slots: (n,), what the speed is drawn by (the slots): equal ones get the same speed. Returns speed (n,) percent
         and speed_of_P (places at P percent); masks (n, 2 K, 2); noise (k, samples) int16 with noise_of (k,) places in the
-        batch and noise_snr (k,) dB; rir (j, rir_samples) int16 with rir_of (j,); augmented (n,) bool; gain_db (n,);
+        batch and noise_snr (k,) dB; rir (j, rir_samples) int16 with rir_of (j,); augmented: places; gain_db (n,);
         lowpass_of, lowpass_hz; telephone_of, telephone_law; dither_start (n,); mixing.
         """
         drawn = self.draw(epoch, slots, speed_slots)
@@ -119,7 +119,7 @@ class Augmenter:
                 drawn.rir_of = np.flatnonzero(wet[drawn.kind])
                 drawn.rir_rows, _ = self._rows(self.rir, uniform, "rir", slots[drawn.rir_of], 0)
             if self.composition.level != "kept":
-                drawn.tensors["augmented"] = drawn.kind >= 0
+                drawn.tensors["augmented"] = np.flatnonzero(drawn.kind >= 0)
         self._draw_channel(drawn.tensors, uniform)
         return drawn
 

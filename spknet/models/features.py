@@ -122,4 +122,5 @@ class Spectrum(nn.Module):
         spectrum = torch.stft(
             waves, self.n_fft, self.hop, len(self.window), self.window, center=False, return_complex=True
         )
-        return torch.view_as_real(spectrum.mT).square().sum(dim=-1)
+        parts = torch.view_as_real(spectrum.mT)
+        return parts[..., 0].square() + parts[..., 1].square()  # a sum over an axis of 2 takes five times as long

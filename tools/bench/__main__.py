@@ -1,4 +1,4 @@
-"""Benchmarks: programs that print ratios measured in one run. `python -m tools.bench loader|exact|score|voxceleb [options]`."""
+"""Benchmarks: programs that print ratios measured in one run. `python -m tools.bench loader|augment|exact|score|voxceleb [options]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 BENCHMARKS = {
     "loader": "tools.bench.loader",
+    "augment": "tools.bench.augment",
     "exact": "tools.bench.exact",
     "score": "tools.bench.score",
     "voxceleb": "tools.bench.voxceleb",
