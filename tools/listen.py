@@ -21,12 +21,12 @@ import soundfile
 import torch
 
 from shards.format import ShardError, atomic_write
-from spknet import config as configuration
 from spknet.config import Config, ConfigError
 from spknet.data.batches import Corpus, Steps
 from spknet.data.mixing import mix
 from spknet.data.sampler import SamplerError
 from spknet.models.features import Spectrum
+from spknet.options import parse
 from spknet.parallel.ranks import Ranks
 
 BANDS = 80  # mel bands of the picture
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     if chosen.number < 1 or chosen.step < 0:
         parser.error("--number is at least 1, --step at least 0")
     try:
-        crops = heard(configuration.parse(words), chosen.step, chosen.number)
+        crops = heard(parse(words), chosen.step, chosen.number)
     except (ConfigError, ShardError, SamplerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ import torch
 from shards.format import atomic_write
 from spknet import config as configuration
 from spknet.checkpoints.averages import with_averages
-from spknet.config import Config, ModelConfig
+from spknet.config import Config, ModelConfig, flatten
 from spknet.errors import UserError
 
 FORMAT = "spknet checkpoint 1"
@@ -123,14 +123,6 @@ def changed_options(old: dict[str, Any], new: Config) -> list[str]:
     ]
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as one dict of `group.key`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 def _changed_data(old: str, new: str) -> list[str]:
     """What differs between two fingerprints of `Corpus.fingerprint`: audio, settings of the batches, noise."""
     before, after = (old + "--").split("-")[:3], (new + "--").split("-")[:3]
@@ -198,7 +190,7 @@ def load_network(
         state = read(path)
     if isinstance(state, dict) and state.get("format") == FORMAT:
         config = configuration.from_dict(state["config"])
-        network = build_model(config.model)
+        network = build_model(config.model, state.get("sample_rate", 16000), config.features)
         if config.train.precision == "float64":
             network = network.double()
         network.load_state_dict(with_averages(state, weights or config.eval.weights)["model"])

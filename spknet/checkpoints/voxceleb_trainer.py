@@ -225,7 +225,7 @@ def guess_model(state: dict) -> ModelConfig:
         name=name,
         encoder=_guess_encoder(name, keys, last.shape[1]),
         embedding_size=last.shape[0],
-        n_mels=filters.shape[1] if filters is not None else ModelConfig.n_mels,
+        n_mels=filters.shape[1] if filters is not None else ModelConfig().n_mels,
         input_scale="int16" if old else "unit",
     )
 

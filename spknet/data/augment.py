@@ -24,7 +24,7 @@ import torch
 from shards.reader import Utterances, open_shards
 from spknet import rng
 from spknet.config import AugmentConfig, ConfigError
-from spknet.data.mixing import DITHER_TABLE, Mixing, mix
+from spknet.data.mixing import Mixing, mix
 from spknet.data.presets import CATEGORY, Composition, composition, kinds
 
 __all__ = ["SNR_DB", "Augmenter", "classes_per_speaker", "mix", "noise_fingerprint"]
@@ -75,7 +75,7 @@ class Augmenter:
         speed_slots: (n,), what the speed is drawn by (the slots): equal ones get the same speed. Returns speed (n,) percent
         and speed_of_P (places at P percent); masks (n, 2 K, 2); noise (k, samples) int16 with noise_of (k,) places in the
         batch and noise_snr (k,) dB; rir (j, rir_samples) int16 with rir_of (j,); augmented: places; gain_db (n,);
-        lowpass_of, lowpass_hz; telephone_of, telephone_law; dither_start (n,); mixing.
+        lowpass_of, lowpass_hz; telephone_of, telephone_law; mixing.
         """
         drawn = self.draw(epoch, slots, speed_slots)
         out: dict = dict(drawn.tensors)
@@ -88,7 +88,7 @@ class Augmenter:
         if drawn.rir_of is not None:
             # What is large travels as a tensor (see spknet.data.batches.Batch).
             out |= {"rir": torch.from_numpy(self._responses(drawn.rir_rows)), "rir_of": drawn.rir_of}
-        mixing = Mixing(self.rate, layers, c.rir, c.level, c.power_floor, self.config.dither)
+        mixing = Mixing(self.rate, layers, c.rir, c.level, c.power_floor)
         if mixing != Mixing() and out:
             out["mixing"] = mixing
         return out
@@ -179,8 +179,6 @@ class Augmenter:
             either = (uniform("telephone law")[these] * 2).astype(np.int64)
             tensors["telephone_of"] = these
             tensors["telephone_law"] = {"mu": 0 * either, "a": 0 * either + 1, "both": either}[c.telephone_law]
-        if c.dither:
-            tensors["dither_start"] = (uniform("dither") * DITHER_TABLE).astype(np.int64)
 
     def _rows(
         self, source: Utterances, uniform, tag: str, slots: np.ndarray, category

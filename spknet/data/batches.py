@@ -20,6 +20,7 @@ import torch
 from shards.reader import Utterances, open_files, open_shards
 from spknet import rng
 from spknet.config import AugmentConfig, Config, ConfigError, DataConfig
+from spknet.data import dither
 from spknet.data.augment import Augmenter, classes_per_speaker, noise_fingerprint
 from spknet.data.mixing import Mixing
 from spknet.data.sampler import Sampler
@@ -162,7 +163,11 @@ class Steps(torch.utils.data.Dataset):
     """Step number (global) -> Batch of one rank."""
 
     def __init__(self, config: Config, corpus: Corpus, me: Ranks):
-        self.corpus, self.seed = corpus, config.train.seed
+        self.corpus, self.seed, self.dither = corpus, config.train.seed, config.features.dither
+        if not 0 <= self.dither < 1000:
+            raise ConfigError(
+                f"features.dither={self.dither}: expected 0 to 1000 steps of a 16-bit integer; usual is 1"
+            )
         n, world = config.data.speakers_per_batch, me.world_size
         if n % world:
             raise ConfigError(
@@ -192,6 +197,9 @@ class Steps(torch.utils.data.Dataset):
             # All utterances of a speaker in a batch at one speed: they are one class.
             speed_slots = np.repeat(slots[:, :1], slots.shape[1], axis=1).reshape(-1)
             labels = labels + self.corpus.n_labels * self.augmenter.speed_index(epoch, slots[:, 0])
+        augment = self.augmenter.read(epoch, slots.reshape(-1), speed_slots)
+        if self.dither:
+            augment["dither"] = dither.keys(self.seed, epoch, slots.reshape(-1))
         return Batch(
             step=step,
             crops=crops,
@@ -199,7 +207,7 @@ class Steps(torch.utils.data.Dataset):
             rows=flat,
             slots=slots.reshape(-1),
             draws=draws,
-            augment=self.augmenter.read(epoch, slots.reshape(-1), speed_slots),
+            augment=augment,
         )
 
     def _buffer(self, step: int, shape: tuple[int, int]) -> torch.Tensor:

@@ -10,15 +10,11 @@ sqrt((P_speech + floor) / (P_noise + floor) / 10^(SNR / 10)), where speech is wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
-from spknet import rng
 from spknet.data.channel import convolve, low_pass, resampler, telephone
 from spknet.data.presets import PEAK_FLOOR
-
-DITHER_TABLE = 1 << 20  # samples of white noise that dither is cut from
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,6 @@ class Mixing:
     rir: str = "aligned"
     level: str = "kept"
     power_floor: float = 0.0
-    dither: float = 0.0  # steps of 16-bit samples
 
 
 def mix(crops: torch.Tensor, augment: dict[str, torch.Tensor], samples: int, dtype: torch.dtype) -> torch.Tensor:
@@ -58,8 +53,6 @@ def mix(crops: torch.Tensor, augment: dict[str, torch.Tensor], samples: int, dty
     if len(augment.get("telephone_of", ())):
         these = augment["telephone_of"]
         waves[these] = telephone(waves[these], augment["telephone_law"], how.rate)
-    if "dither_start" in augment:
-        waves = waves + _dither(augment["dither_start"], samples, dtype) * (how.dither / 32768)
     return waves
 
 
@@ -117,15 +110,3 @@ def _change_speed(waves: torch.Tensor, augment: dict[str, torch.Tensor], samples
             changed = resampler(int(name.removeprefix("speed_of_")), 100, waves.dtype, waves.device)(waves[these])
             out[these] = changed[:, :samples]
     return out
-
-
-@lru_cache(maxsize=4)
-def _white_noise(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    table = rng.stream(0, 0, "dither").standard_normal(DITHER_TABLE)
-    return torch.from_numpy(table).to(device, dtype)
-
-
-def _dither(starts: torch.Tensor, samples: int, dtype: torch.dtype) -> torch.Tensor:
-    # One table for all, entered at a place drawn by slot: a generator on the device would not be the same everywhere.
-    table = _white_noise(dtype, starts.device)
-    return table[(starts[:, None] + torch.arange(samples, device=table.device)) % DITHER_TABLE]

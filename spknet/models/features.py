@@ -23,11 +23,11 @@ INT16 = 32768.0
 FLOOR = 1e-6  # added to mel energies; what "silence" is depends on the input scale
 
 
-def mel_filters(n_bins: int, n_mels: int, sample_rate: int) -> Tensor:
-    """Triangular filters of peak 1 between 0 and half the sample rate, equally wide in mel: (n_bins, n_mels)."""
+def mel_filters(n_bins: int, n_mels: int, sample_rate: int, low: float = 0.0, high: float | None = None) -> Tensor:
+    """Triangles of peak 1 from `low` to `high` Hz (half the sample rate), equally wide in mel: (n_bins, n_mels)."""
     frequencies = torch.linspace(0, sample_rate / 2, n_bins, dtype=torch.float64)
-    top = 2595 * math.log10(1 + sample_rate / 2 / 700)
-    corners = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, dtype=torch.float64) / 2595) - 1)
+    ends = (2595 * math.log10(1 + hz / 700) for hz in (low, high or sample_rate / 2))
+    corners = 700 * (10 ** (torch.linspace(*ends, n_mels + 2, dtype=torch.float64) / 2595) - 1)
     rising = (frequencies[:, None] - corners[:-2]) / (corners[1:-1] - corners[:-2])
     falling = (corners[2:] - frequencies[:, None]) / (corners[2:] - corners[1:-1])
     return torch.minimum(rising, falling).clamp(min=0).float()

@@ -14,7 +14,6 @@ import yaml
 
 from shards.format import ShardError, atomic_write, remove_leftovers
 from spknet import config as configuration
-from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints.file import CheckpointError
 from spknet.config import Config, ConfigError
 from spknet.data.sampler import SamplerError
@@ -79,7 +78,7 @@ def _run(config: Config, me: Ranks, stop: StopSignals) -> int:
 
 def _prepare(config: Config, me: Ranks) -> Trainer:
     torch.use_deterministic_algorithms(config.train.deterministic)
-    options = {f"option {k}": repr(v) for k, v in checkpoint.flatten(configuration.to_dict(config)).items()}
+    options = {f"option {k}": repr(v) for k, v in configuration.flatten(configuration.to_dict(config)).items()}
     distributed.agree(
         {"the code": run.code_digest(), **{f"version of {k}": v for k, v in run.versions().items()}, **options}, me
     )

@@ -14,6 +14,7 @@ import contextlib
 import torch
 from torch import nn
 
+from spknet.data import dither
 from spknet.data.augment import mix
 from spknet.data.batches import Batch
 from spknet.parallel.ranks import Ranks, average_gradients
@@ -43,10 +44,16 @@ class SpeakerTask(nn.Module):
         return self.score(self.embed(waves, masks), labels, draws)
 
 
-def prepare(batch: Batch, samples: int, dtype: torch.dtype, device: torch.device) -> tuple:
-    """The arguments of SpeakerTask.forward: augmented waves (n, samples), masks or None, labels, draws."""
+def prepare(batch: Batch, samples: int, dtype: torch.dtype, device: torch.device, dithered: float = 0.0) -> tuple:
+    """The arguments of SpeakerTask.forward: augmented waves (n, samples), masks or None, labels, draws.
+
+    dithered: deviation of the noise that is added last, 16-bit steps.
+    """
     crops, augment, labels, draws = batch.to(device)
-    return mix(crops, augment, samples, dtype), augment.get("masks"), labels, draws
+    waves = mix(crops, augment, samples, dtype)
+    if dithered:
+        waves = dither.add(waves, augment["dither"], dithered)
+    return waves, augment.get("masks"), labels, draws
 
 
 def step_at_once(parallel: nn.Module, inputs: tuple, scale) -> tuple[torch.Tensor, torch.Tensor]:

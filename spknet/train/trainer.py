@@ -57,7 +57,7 @@ class Trainer:
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         self.samples = round(config.data.crop_seconds * self.corpus.utterances.sample_rate)
-        model = build_model(config.model, self.corpus.utterances.sample_rate)
+        model = build_model(config.model, self.corpus.utterances.sample_rate, config.features)
         loss = build_loss(
             config.loss, config.model.embedding_size, self.corpus.n_classes, config.data.utterances_per_speaker
         )
@@ -69,7 +69,7 @@ class Trainer:
         self.task.to(me.device, self.dtype)
         if config.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(config.optim, self.task.parameters())
+        self.optimizer = build_optimizer(config.optim, self.task.model.parameters(), self.task.loss.parameters())
         self.scaler = torch.amp.GradScaler(me.device.type, enabled=config.train.precision == "fp16")
 
         self.step = 0  # optimizer steps done
@@ -231,11 +231,12 @@ class Trainer:
     def train_step(self, batch, stop: StopSignals) -> tuple[float, float, dict[str, bool]]:
         """One optimizer step. Returns the global loss and accuracy and what some rank asks for: stop, save."""
         c = self.config
-        rate = learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps)
+        utterances = c.data.speakers_per_batch * c.data.utterances_per_speaker
+        rate = learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps, utterances)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.task.loss.margin = margin(c.loss, self.step)
-        inputs = prepare(batch, self.samples, self.dtype, self.me.device)
+        self.task.loss.margin = margin(c.loss, self.step, self.steps_per_epoch)
+        inputs = prepare(batch, self.samples, self.dtype, self.me.device, c.features.dither)
         self.optimizer.zero_grad(set_to_none=True)
         if c.train.chunk:
             loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, c.train.chunk, self.me)

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from spknet import config
 from spknet.data.batches import Corpus, Steps
 from spknet.data.presets import PRESETS
 from spknet.losses import LOSSES
+from spknet.options import parse
 from spknet.parallel.ranks import Ranks
 from tests.ranks import train
 
@@ -17,7 +17,6 @@ EVERYTHING = {
     "both": "0.4",
     "telephone": "0.2",
     "lowpass": "0.3",
-    "dither": "1",
     "gain_db": "[-18,6]",
     "spec_augment": "true",
     "spec_probability": "0.7",
@@ -37,7 +36,7 @@ def noisy(noise_and_rir, preset: str, **more: str) -> list[str]:
 
 
 def test_every_augmentation_is_the_same_on_1_and_2_ranks(options, noise_and_rir, tmp_path):
-    words = [*options, *noisy(noise_and_rir, "kaldi", **EVERYTHING)]
+    words = [*options, *noisy(noise_and_rir, "kaldi", **EVERYTHING), "--features.dither", "1"]
     one = losses(1, words, tmp_path / "1")
     assert one != losses(1, options, tmp_path / "clean")
     assert losses(2, words, tmp_path / "2") == pytest.approx(one, rel=1e-8)
@@ -48,7 +47,7 @@ def test_every_augmentation_is_the_same_on_1_and_2_ranks(options, noise_and_rir,
     ("loss", "preset"), list(zip(LOSSES, itertools.cycle(sorted(set(PRESETS) - {"none"}, reverse=True))))
 )
 def test_each_loss_with_every_augmentation_is_the_same_on_1_and_2_ranks(loss, preset, options, noise_and_rir, tmp_path):
-    words = [*options, *noisy(noise_and_rir, preset, **EVERYTHING, speed_labels="true")]
+    words = [*options, *noisy(noise_and_rir, preset, **EVERYTHING, speed_labels="true"), "--features.dither", "1"]
     words += ["--loss.name", loss, "--data.utterances_per_speaker", str(FEWEST[loss])]
     one = losses(1, words, tmp_path / "1")
     assert losses(2, words, tmp_path / "2") == pytest.approx(one, rel=1e-8)
@@ -57,8 +56,8 @@ def test_each_loss_with_every_augmentation_is_the_same_on_1_and_2_ranks(loss, pr
 @pytest.mark.parametrize("utterances", [1, 2])
 def test_the_class_of_a_speed_is_the_speaker_plus_s_times_its_index(options, utterances):
     words = ["--augment.speed", "[1.0, 0.9, 1.1]", "--data.utterances_per_speaker", str(utterances)]
-    plain = config.parse([*options, *words])
-    classes = config.parse([*options, *words, "--augment.speed_labels", "true"])
+    plain = parse([*options, *words])
+    classes = parse([*options, *words, "--augment.speed_labels", "true"])
     corpus = Corpus.open(classes.data, 0, classes.augment)
     assert corpus.n_labels == 12 and corpus.n_classes == 36
     steps, before = Steps(classes, corpus, Ranks()), Steps(plain, Corpus.open(plain.data, 0, plain.augment), Ranks())

@@ -154,10 +154,8 @@ def test_masks_follow_their_options(noise_and_rir):
         ({"noise_snr": [15, 0]}, r"augment.noise_snr=\[15, 0\]: expected \[lowest, highest\]"),
         ({"gain_db": [3]}, r"augment.gain_db=\[3\]: expected"),
         ({"talkers": [7, 3]}, r"augment.talkers=\[7, 3\]: expected \[fewest, most\]"),
-        ({"telephone": 2.0}, "augment.telephone=2.0 must lie between 0 and 1"),
         ({"speed": [0.9, 1.1], "speed_labels": True}, "must hold 1.0, and each speed once"),
         ({"lowpass_hz": [5000, 100]}, "augment.lowpass_hz"),
-        ({"music": -1.0}, "augment.music=-1.0 must lie"),
     ],
 )
 def test_what_cannot_be_is_an_error_that_says_what_can(noise_and_rir, options, expected):

@@ -13,6 +13,7 @@ import torch
 from spknet import config, rng
 from spknet.checkpoints import file as checkpoint
 from spknet.config import ConfigError
+from spknet.errors import UserError
 from spknet.evaluate import embed
 from spknet.evaluate import evaluation as evaluate
 from spknet.evaluate.embed import Crops
@@ -174,7 +175,7 @@ def test_unreadable_audio_and_impossible_crops_are_refused_before_training(corpu
         root = tmp_path / said
         shutil.copytree(corpus, root, ignore=shutil.ignore_patterns("shards"))
         damage(root / name)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(UserError, match=said):
             evaluate.check(settings(eval=lists | {"root": str(root)}))
     with pytest.raises(ConfigError, match="several crops want eval.crop_seconds above 0"):
         evaluate.check(settings(eval=lists | {"crops": 10}))
@@ -201,7 +202,7 @@ def _damaged(rank, world_size, options, out):
         path = prepared.places.where[3]
         soundfile.write(path, np.zeros(777), 16000, subtype="PCM_16")
     torch.distributed.barrier()
-    with pytest.raises((RuntimeError, ValueError), match="777 samples read"):
+    with pytest.raises((RuntimeError, UserError), match="777 samples read"):
         evaluate.evaluate_network(network(), settings(eval=options), out_dir=out, trials=prepared)
 
 

@@ -75,13 +75,13 @@ def test_augmentation_is_the_same_on_1_and_2_ranks(options, noise_and_rir, tmp_p
 
 def gradients(rank, world, words, chunk):
     """Gradient of the first step's global loss, network frozen in its statistics, with or without chunks."""
-    from spknet import config
     from spknet.data.batches import loader
+    from spknet.options import parse
     from spknet.parallel import ranks as distributed
     from spknet.train.step import prepare, step_at_once, step_in_chunks
     from spknet.train.trainer import Trainer
 
-    c = config.parse(words)
+    c = parse(words)
     me = distributed.Ranks(rank, world, rank, world)
     trainer = Trainer(c, me)
     trainer.task.eval()  # BatchNorm frozen: then chunks are exact

@@ -6,9 +6,9 @@ import soundfile
 import torch
 from matplotlib import image
 
-from spknet import config
 from spknet.data.batches import Corpus, Steps
 from spknet.data.mixing import mix
+from spknet.options import parse
 from spknet.parallel.ranks import Ranks
 from tools.listen import main
 
@@ -32,7 +32,7 @@ def test_wavs_are_the_waves_of_the_batch_and_lines_say_what_was_drawn(words, tmp
     assert main([*words, "--out", str(tmp_path), "--number", "5", "--step", "3"]) == 0
     lines = (tmp_path / "drawn.txt").read_text().splitlines()
     assert capsys.readouterr().out.splitlines() == lines and len(lines) == 5
-    c = config.parse(words)
+    c = parse(words)
     steps = Steps(c, Corpus.open(c.data, 0, c.augment), Ranks())
     batch = steps[3]
     crops, augment, labels, _ = batch.to(None)

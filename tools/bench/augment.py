@@ -26,11 +26,12 @@ import soundfile
 import torch
 
 from shards.pack import pack
-from spknet import config as configuration
+from spknet.config import Config
 from spknet.data.batches import Corpus, Steps
 from spknet.data.mixing import mix
 from spknet.models import build_model
 from spknet.models.features import Spectrum
+from spknet.options import parse
 from spknet.parallel.ranks import Ranks
 from tools.bench.loader import RATE, make_wavs
 
@@ -112,7 +113,7 @@ class TheirWay:
         return torch.from_numpy(np.stack([self.utterance(path) for path in paths]).astype(np.float32))
 
 
-def configured(folder: Path, chosen: argparse.Namespace) -> configuration.Config:
+def configured(folder: Path, chosen: argparse.Namespace) -> Config:
     words = {
         "data.train_shards": folder / "speech",
         "data.speakers_per_batch": BATCH,
@@ -125,7 +126,7 @@ def configured(folder: Path, chosen: argparse.Namespace) -> configuration.Config
     }
     if chosen.speed:
         words["augment.speed"] = "[1.0, 0.9, 1.1]"
-    return configuration.parse([word for name, value in words.items() for word in (f"--{name}", str(value))])
+    return parse([word for name, value in words.items() for word in (f"--{name}", str(value))])
 
 
 def measure(ways: dict, seconds: float) -> dict[str, float]:
@@ -140,7 +141,7 @@ def measure(ways: dict, seconds: float) -> dict[str, float]:
     return {name: float(np.median(values[1:])) for name, values in times.items()}  # the first makes tables
 
 
-def step_of(config: configuration.Config, samples: int):
+def step_of(config: Config, samples: int):
     """Forward and backward of the network on a batch of waves."""
     model = build_model(config.model, RATE)
     waves = torch.randn(BATCH, samples) * 0.1

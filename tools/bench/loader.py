@@ -135,8 +135,8 @@ def crops_per_second(ways: dict, batches: list, seconds: float) -> dict[str, flo
 
 def bench_dataloader(folder: Path, seconds: float) -> None:
     """The whole DataLoader (one worker process, int16 batch of 256) beside the reader alone on the same rows, both per core."""
-    from spknet import config
     from spknet.data import batches as data
+    from spknet.options import parse
     from spknet.parallel import ranks as distributed
 
     words = [
@@ -147,8 +147,8 @@ def bench_dataloader(folder: Path, seconds: float) -> None:
         "--data.workers",
         "1",
     ]
-    options = config.parse([*words, "--data.max_utterances_per_speaker", "1000000"])
-    corpus = data.Corpus.open(options.data, 0)
+    config = parse([*words, "--data.max_utterances_per_speaker", "1000000"])
+    corpus = data.Corpus.open(config.data, 0)
     me = distributed.Ranks()
     drawn = [draw(corpus.utterances, BATCH, seed) for seed in range(BATCHES)]
     out = np.empty((BATCH, CROP), np.int16)
@@ -159,7 +159,7 @@ def bench_dataloader(folder: Path, seconds: float) -> None:
     own, wall = [], []
     for steps in (few, many):
         before, start = children_seconds(), time.perf_counter()
-        for _ in data.loader(options, corpus, me, 0, steps):
+        for _ in data.loader(config, corpus, me, 0, steps):
             pass
         wall.append(time.perf_counter() - start)
         own.append(children_seconds() - before)
