@@ -38,12 +38,9 @@ PUBLISHED = {
 
 def option(default: Any, about: str, **bounds: float):
     """A field with its default, its meaning (unit included) and pydantic's bounds: ge, gt, le, lt."""
+    if isinstance(default, list):
+        return Field(default_factory=lambda: list(default), description=about, **bounds)
     return Field(default, description=about, **bounds)
-
-
-def option_list(about: str):
-    """The same for a list that is empty by default."""
-    return Field(default_factory=list, description=about)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -69,55 +66,62 @@ class DataConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class AugmentConfig:
-    """Noise, rooms, channels and speed, drawn for each crop."""
+    """Noise, rooms, channels and speed, drawn for each crop. Options left at null take the preset's values."""
 
     noise_shards: str | None = option(None, "noise, music and speech, packed with the category as the speaker")
     rir_shards: str | None = option(None, "room impulse responses, packed the same way")
     preset: Literal["none", "kaldi", "wespeaker", "redimnet2", "voxceleb_trainer"] = option(
-        "none", "what options left at null take; none: one of the kinds that the shards offer, equally likely"
+        "none", "whose values null takes (spknet/data/presets.py); none: one of the kinds in the shards, equally likely"
     )
-    probability: float | None = option(None, "that an utterance gets noise or reverberation (none: 0.6)", ge=0, le=1)
+    probability: float | None = option(
+        None, "probability that an utterance gets noise or reverberation (none: 0.6)", ge=0, le=1
+    )
     reverb: float | None = option(None, "share of these with reverberation alone", ge=0, le=1)
     both: float | None = option(None, "share of these with reverberation and noise on top", ge=0, le=1)
     noise: float | None = option(None, "weight of noise among what is added", ge=0)
     music: float | None = option(None, "weight of music", ge=0)
     talker: float | None = option(None, "weight of one talker", ge=0)
     babble: float | None = option(None, "weight of several talkers", ge=0)
-    by_recording: bool | None = option(None, "weights times numbers of recordings: every file is equally likely")
-    noise_snr: list[float] | None = option(
-        None, "dB, [lowest, highest] of a range, or three values and more to choose from"
+    by_recording: bool | None = option(
+        None, "multiply the weights by the number of recordings: every file equally likely"
     )
-    music_snr: list[float] | None = option(None, "the same of music")
-    talker_snr: list[float] | None = option(None, "the same of one talker")
-    babble_snr: list[float] | None = option(None, "the same of several: of their sum, or of each")
+    noise_snr: list[float] | None = option(
+        None, "dB, [lowest, highest] of a range, or more than two values to choose from"
+    )
+    music_snr: list[float] | None = option(None, "dB, the same for music")
+    talker_snr: list[float] | None = option(None, "dB, the same for one talker")
+    babble_snr: list[float] | None = option(None, "dB, the same for babble: of the sum, or of each talker")
     talkers: list[int] | None = option(None, "recordings in a babble, [fewest, most]")
     talkers_apart: bool | None = option(None, "each talker of a babble at an SNR of its own")
     power_floor: float | None = option(
-        None, "added to the mean squares of speech and noise when an SNR is set (full scale is 1)", ge=0, le=1
+        None, "added to the mean squares of speech and noise when the SNR is set (full scale 1)", ge=0
     )
     rir: Literal["aligned", "unit_energy"] | None = option(
-        None, "aligned: direct sound in place, level kept; unit_energy: a response of energy 1, as it is"
+        None, "aligned: direct sound in place, level kept; unit_energy: energy 1, as it is"
     )
     level: Literal["kept", "power", "peak"] | None = option(
-        None, "of augmented utterances: as mixed, the power of before, or a peak of 1"
+        None, "of the augmented: as mixed, the power of before, or peak 1"
     )
     gain_db: list[float] | None = option(
-        None, "random gain of every utterance, dB, [lowest, highest], never beyond full scale; []: none"
+        None, "random gain of every utterance, dB, [lowest, highest]; never beyond full scale"
     )
     rir_seconds: float = option(1.0, "seconds of an impulse response that are used", ge=0.01, le=20)
     lowpass: float = option(0.0, "probability of a low-pass filter", ge=0, le=1)
-    lowpass_hz: list[float] = Field(default=[2000.0, 7000.0], description="its cut-off, Hz, [lowest, highest]")
+    lowpass_hz: list[float] = option([2000.0, 7000.0], "its cut-off, Hz, [lowest, highest]")
     telephone: float = option(0.0, "probability of a telephone band: 8 kHz, 300 to 3400 Hz, G.711", ge=0, le=1)
-    telephone_law: Literal["mu", "a", "both"] = option("both", "of G.711; both: equally likely")
-    speed: list[float] = option_list("playing speeds drawn from, e.g. [1.0, 0.9, 1.1]; empty for none")
+    telephone_law: Literal["mu", "a", "both"] = option("both", "law of G.711; both: equally likely")
+    speed: list[float] = option([], "playing speeds drawn from, e.g. [1.0, 0.9, 1.1]; empty for none")
     speed_labels: bool = option(
         False, "each speed is a speaker of its own: class = speaker + S * index in augment.speed"
     )
+    speed_classes: int | None = option(
+        None, "speeds that the head has classes for; null: those of speed_labels. For fine-tuning without speeds", ge=1
+    )
     spec_augment: bool = option(False, "mask frequency bands and time spans of each crop's features")
-    spec_probability: float = option(1.0, "probability of an utterance to be masked", ge=0, le=1)
-    frequency_masks: int = option(2, "bands", ge=0, le=100)
+    spec_probability: float = option(1.0, "probability that an utterance is masked", ge=0, le=1)
+    frequency_masks: int = option(2, "bands that are masked", ge=0)
     frequency_width: float = option(0.2, "largest width of a band, as a fraction of the axis", ge=0, le=1)
-    time_masks: int = option(2, "spans", ge=0, le=100)
+    time_masks: int = option(2, "spans that are masked", ge=0)
     time_width: float = option(0.1, "largest width of a span, as a fraction of the crop", ge=0, le=1)
 
 
@@ -260,7 +264,9 @@ class TrainConfig:
     average_epochs: int = option(
         0, "also keep the mean of the weights at the ends of the last so many epochs; 0: none", ge=0
     )
-    ema: float = option(0.0, "also keep the moving average of the weights, decay of a step; 0: none", ge=0, lt=1)
+    ema: float = option(
+        0.0, "also keep the exponential moving average of the weights, with this decay a step; 0: none", ge=0, lt=1
+    )
     chunk: int = option(0, "utterances a rank embeds at a time (GradCache, exact gradient); 0: all at once", ge=0)
     save_every_steps: int = option(0, "steps between two checkpoints; 0: by time only", ge=0)
     save_every_minutes: float = option(15.0, "minutes between two checkpoints", gt=0)
@@ -301,7 +307,7 @@ class EvalConfig:
     metrics: Literal["default", "voxceleb_trainer"] = option("default", "arithmetic of EER and minDCF")
     scores: str | None = option(None, "a file that scores are also written to")
     weights: Literal["averaged", "trained"] = option(
-        "averaged", "of a run that averages (train.average_epochs, train.ema): what is evaluated and exported"
+        "averaged", "averaged where the run averages (train.average_epochs, train.ema)"
     )
     batch_seconds: float = option(60.0, "seconds of audio embedded in one forward pass", gt=0)
 

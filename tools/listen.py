@@ -41,7 +41,7 @@ def heard(config: Config, step: int, number: int) -> list[dict]:
     crops, augment, labels, _ = batch.to(torch.device("cpu"))
     waves = mix(crops, augment, steps.samples, torch.float32)
     epoch, m = step // corpus.sampler.steps, config.data.utterances_per_speaker
-    speed_slots = np.repeat(batch.slots[::m], m) if corpus.classes_per_speaker > 1 else None
+    speed_slots = np.repeat(batch.slots[::m], m) if steps.speed_labels else None
     texts = steps.augmenter.describe(epoch, batch.slots, speed_slots)
     masks = augment.get("masks")
     return [

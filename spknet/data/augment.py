@@ -268,8 +268,15 @@ def _open(path: str | None, sample_rate: int, categories: set[str], option: str)
 
 
 def classes_per_speaker(config: AugmentConfig) -> int:
-    """How many classes of a classification head each speaker has: one for each speed with `speed_labels`."""
-    return len(config.speed) if config.speed_labels and config.speed else 1
+    """How many classes of a classification head each speaker has: one for each speed with `speed_labels`.
+
+    Raises ConfigError where augment.speed_classes has no room for the speeds.
+    """
+    drawn = len(config.speed) if config.speed_labels and config.speed else 1
+    classes = drawn if config.speed_classes is None else config.speed_classes
+    if classes < drawn:
+        raise ConfigError(f"augment.speed_classes={classes}: augment.speed has {drawn} speeds; give at least {drawn}")
+    return classes
 
 
 def noise_fingerprint(config: AugmentConfig) -> str:
