@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": ("spknet.evaluate.__main__", "embed, score and report trials"),
     "trials": ("spknet.evaluate.make_trials", "make trials from a data set"),
     "compare": ("spknet.evaluate.compare", "put reports side by side"),
+    "recipes": ("spknet.train.recipes", "recipes with their cost and aim"),
     "info": ("spknet.models.describe", "parameters and multiply-adds of the networks"),
     "embed": ("spknet.evaluate.embed", "embeddings of audio files"),
     "export": ("spknet.checkpoints.export", "write a checkpoint in another program's format"),

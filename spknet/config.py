@@ -233,6 +233,7 @@ class OptimConfig:
     weight_decay: float = option(0.0, "weight decay", ge=0)
     head_weight_decay: float | None = option(None, "weight decay of the loss's parameters; null: weight_decay", ge=0)
     momentum: float = option(0.9, "momentum of sgd", ge=0, lt=1)
+    network_lr: float = option(1.0, "factor on the network's rate beside that of the head; for fine-tuning", gt=0)
     nesterov: bool = option(False, "sgd with Nesterov's momentum")
     lr_batch: int = option(
         0, "utterances of the global batch that lr is meant for: the rate is lr * N * M / lr_batch; 0: lr", ge=0
@@ -274,6 +275,10 @@ class TrainConfig:
     resume: str = option("auto", "auto, never, or the path of a checkpoint")
     resume_override: bool = option(False, "continue although options that shape the result have changed")
     initial_model: str | None = option(None, "weights to start from: a checkpoint of spknet or voxceleb_trainer")
+    initial_weights: Literal["averaged", "trained"] = option(
+        "averaged", "which weights of initial_model, where it has averages"
+    )
+    frozen: list[str] = option([], "parts of the network that are not trained, by the beginnings of their names")
     allow_partial: bool = option(False, "start although initial_model lacks weights or has others")
     timeout_seconds: float = option(
         600.0, "seconds without a step of some rank, saving included, until it is named and the run stops", gt=0

@@ -11,6 +11,7 @@ the zip container's CRC of every tensor is checked first, since torch does not l
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import zipfile
@@ -30,9 +31,11 @@ FORMAT = "spknet checkpoint 1"
 # Options that may differ when a run continues: they change where, how fast and how long it runs, not its numbers.
 MAY_CHANGE = re.compile(
     r"run_dir|data\.(train_shards|train_list|train_root|workers|cache_dir|cache_gib)|augment\.(noise|rir)_shards"
-    r"|train\.(epochs|max_steps|save_\w+|keep_checkpoints|resume\w*|initial_model|allow_partial|timeout_seconds|profile|threads)"
+    r"|train\.(epochs|max_steps|save_\w+|keep_checkpoints|resume\w*|initial_\w+|allow_partial|timeout_seconds|profile|threads)"
     r"|(eval|log)\..*"
 )
+
+LENGTH_MATTERS = ("cosine", "exponential", "warmup_cosine")  # schedules whose rate depends on the number of steps
 
 
 class CheckpointError(UserError):
@@ -134,38 +137,30 @@ def _changed_data(old: str, new: str) -> list[str]:
     return changed
 
 
+def _changed_length(state: dict[str, Any], config: Config) -> list[str]:
+    """The run's length, where the learning rate falls towards the run's end: another one would make it jump."""
+    if config.optim.schedule not in LENGTH_MATTERS or not state["step"]:
+        return []
+    per_epoch = round(state["step"] / state["epoch"])
+    before, after = (
+        min(train.epochs * per_epoch, train.max_steps or math.inf)
+        for train in (configuration.from_dict(state["config"]).train, config.train)
+    )
+    text = f"the run's length in steps, which optim.schedule {config.optim.schedule} goes by: {before} -> {after}"
+    return [text] if before != after else []
+
+
 def check_resume(state: dict[str, Any], path: Path, config: Config, fingerprint: str) -> None:
     """Raises CheckpointError naming the options or the data that changed since the checkpoint."""
     if config.train.resume_override:
         return
     changed = changed_options(state["config"], config)
-    changed += _changed_data(state["data_fingerprint"], fingerprint)
+    changed += _changed_data(state["data_fingerprint"], fingerprint) + _changed_length(state, config)
     if changed:
         raise CheckpointError(
             f"{path} was made with other settings: {'; '.join(changed)}. Undo that, give another --run_dir, or continue"
             " nonetheless with --train.resume_override true"
         )
-
-
-def load_head_by_speaker(loss, state: dict[str, Any], speakers: list[str], labels) -> dict[str, torch.Tensor]:
-    """The checkpoint's loss parameters with the rows of a classification head moved to where this run's speakers are.
-
-    Rows of speakers that the checkpoint does not know keep their initial values; each must be trained.
-    """
-    old_labels = dict(zip(state["speakers"], state["labels"]))
-    merged = {}
-    for name, value in loss.state_dict().items():
-        theirs = state["loss"].get(name)
-        if theirs is None or theirs.shape[1:] != value.shape[1:]:
-            merged[name] = value
-        elif theirs.dim() == 0 or theirs.shape[0] != max(old_labels.values(), default=-1) + 1:
-            merged[name] = theirs if theirs.shape == value.shape else value
-        else:
-            merged[name] = value.clone()
-            for speaker, label in zip(speakers, labels):
-                if speaker in old_labels:
-                    merged[name][int(label)] = theirs[old_labels[speaker]]
-    return merged
 
 
 def load_network(

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints.averages import with_averages
 from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.heads import kept, load_head_by_speaker
 from spknet.config import ModelConfig
 from spknet.models import MODELS
 
@@ -172,10 +174,10 @@ def load_into(model: nn.Module, loss: nn.Module | None, state: dict, allow_parti
     return notes
 
 
-def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[str]:
+def load_initial(task, path: str, corpus, allow_partial: bool = False, weights: str = "averaged") -> list[str]:
     """Starts a run from the weights of a checkpoint of spknet (a run folder or a file) or of voxceleb_trainer.
 
-    task: has `model` and `loss`; corpus: its `utterances` name the speakers, so that a head of spknet finds its rows. Returns
+    weights: "averaged", where the checkpoint has averages, or "trained". task: has `model` and `loss`; corpus: its `utterances` name the speakers, so that a head of spknet finds its rows. Returns
     notes; raises CheckpointError where the network does not fit.
     """
     if Path(path).is_dir():
@@ -188,6 +190,7 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
     start = f"starting from the weights of {path}"
     if state.get("format") != checkpoint.FORMAT:
         return [start, *load_into(task.model, task.loss, state, allow_partial)]
+    state = with_averages(state, weights)
     own, theirs = task.model.state_dict(), state["model"]
     fitting = {key: value for key, value in theirs.items() if key in own and value.shape == own[key].shape}
     misfit = Misfit(
@@ -197,8 +200,9 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
     )
     notes = _load(task.model, fitting, misfit, "network", allow_partial)
     speakers = [str(name) for name in corpus.utterances.speakers]
-    task.loss.load_state_dict(checkpoint.load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels))
-    return [start, *notes]
+    head = load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels, corpus.classes_per_speaker)
+    task.loss.load_state_dict(head)
+    return [start, *notes, *([kept(state, speakers)] if any(value.dim() for value in head.values()) else [])]
 
 
 def _load(module: nn.Module, found: dict[str, Tensor], misfit: Misfit, what: str, allow_partial: bool) -> list[str]:

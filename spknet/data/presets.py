@@ -110,10 +110,10 @@ def _check_options(config: AugmentConfig) -> None:
     _ordered("lowpass_hz", config.lowpass_hz, 50, float("inf"))
     if any(not 0.5 <= speed <= 2 or round(speed * 100, 6) % 1 for speed in config.speed):
         raise ConfigError(f"augment.speed={config.speed}: speeds lie between 0.5 and 2, in steps of 0.01")
-    if config.speed_labels and (1.0 not in config.speed or len(set(config.speed)) < len(config.speed)):
+    if config.speed_labels and (config.speed[:1] != [1.0] or len(set(config.speed)) < len(config.speed)):
         raise ConfigError(
-            f"augment.speed_labels: augment.speed={config.speed} must hold 1.0, and each speed once; for instance"
-            " [1.0, 0.9, 1.1]"
+            f"augment.speed_labels: augment.speed={config.speed} must begin with 1.0 and hold each speed once; for"
+            " instance [1.0, 0.9, 1.1]"
         )
 
 

@@ -101,7 +101,7 @@ class Spectrum(nn.Module):
     @torch.no_grad()
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
         """waves: (batch, samples) in [-1, 1] -> (batch, bands, frames), in the precision of the buffers."""
-        with torch.autocast(waves.device.type, enabled=False):
+        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
             waves = waves.to(self.window.dtype) * self.scale
             if self.taps is not None:
                 waves = pre_emphasis(waves, self.taps)

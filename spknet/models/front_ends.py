@@ -96,7 +96,7 @@ class FrontEnd(nn.Module):
     @torch.compiler.disable  # complex numbers are not compiled anyway: break the graph once, here, without a warning
     @torch.no_grad()
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
-        with torch.autocast(waves.device.type, enabled=False):
+        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
             waves = waves.to(self.window.dtype)
             if waves.shape[1] < self.length:
                 waves = waves.repeat(1, -(-self.length // waves.shape[1]))[:, : self.length]

@@ -95,7 +95,7 @@ class Network(nn.Module):
             )
         x = repeat_frames(features, self.fewest_frames).mT
         x = self.frames(x) if lengths is None else self.frames(x, lengths)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             x = x.to(next(self.parameters()).dtype)
             return self.embed_frames(x) if lengths is None else self.embed_frames(x, lengths)
 

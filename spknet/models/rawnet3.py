@@ -82,7 +82,7 @@ class FilterBank(nn.Module):
         self.sinc = SincFilters(channels // 2, stride, sample_rate)
 
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
-        with torch.autocast(waves.device.type, enabled=False):
+        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
             waves = pre_emphasis(waves.to(self.sinc.low.dtype) * self.scale, self.taps)
             x = (self.sinc(self.norm(waves[:, None])[:, 0]).abs() + 1e-6).log()
             return apply_masks(x - x.mean(dim=2, keepdim=True), masks)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from spknet import config as configuration
 from spknet import rng
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints.heads import load_head_by_speaker
 from spknet.config import Config
 from spknet.data.batches import Corpus, loader
 from spknet.evaluate import evaluation as evaluate
@@ -36,7 +37,7 @@ from spknet.train import run_folder as run
 from spknet.train import voxceleb_trainer as legacy
 from spknet.train.averaging import Averaging
 from spknet.train.metrics_log import Meter, MetricsLog, profiler
-from spknet.train.optim import build_optimizer, finite_gradients, learning_rate, margin
+from spknet.train.optim import build_optimizer, finite_gradients, learning_rate, margin, set_rate
 from spknet.train.run_folder import StopSignals, write_state
 from spknet.train.step import SpeakerTask, prepare, step_at_once, step_in_chunks, train_batchnorm
 
@@ -69,6 +70,7 @@ class Trainer:
         self.task.to(me.device, self.dtype)
         if config.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
+        self.task.freeze(config.train.frozen)
         self.optimizer = build_optimizer(config.optim, self.task.model.parameters(), self.task.loss.parameters())
         self.scaler = torch.amp.GradScaler(me.device.type, enabled=config.train.precision == "fp16")
 
@@ -98,13 +100,17 @@ class Trainer:
             self._load(state)
             self.say(f"continuing {path} at step {self.step}")
         elif c.initial_model:
-            for note in legacy.load_initial(self.task, c.initial_model, self.corpus, c.allow_partial):
+            for note in legacy.load_initial(
+                self.task, c.initial_model, self.corpus, c.allow_partial, c.initial_weights
+            ):
                 self.say(note)
 
     def _load(self, state: dict) -> None:
         self.task.model.load_state_dict(state["model"])
         self.task.loss.load_state_dict(
-            checkpoint.load_head_by_speaker(self.task.loss, state, self.speakers(), self.corpus.utterances.labels)
+            load_head_by_speaker(
+                self.task.loss, state, self.speakers(), self.corpus.utterances.labels, self.corpus.classes_per_speaker
+            )
             if state["data_fingerprint"] != self.corpus.fingerprint()
             else state["loss"]
         )
@@ -233,8 +239,7 @@ class Trainer:
         c = self.config
         utterances = c.data.speakers_per_batch * c.data.utterances_per_speaker
         rate = learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps, utterances)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.task.loss.margin = margin(c.loss, self.step, self.steps_per_epoch)
         inputs = prepare(batch, self.samples, self.dtype, self.me.device, c.features.dither)
         self.optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ import torch
 from spknet import config
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.heads import load_head_by_speaker
 from spknet.config import LossConfig
 from spknet.losses import build_loss
 from spknet.options import parse
@@ -84,6 +85,6 @@ def test_rows_of_a_head_follow_their_speakers():
     theirs = {n: torch.full_like(w[:2], 7) if w.dim() else w for n, w in loss.state_dict().items()}
     theirs[name] = torch.tensor([[1.0, 1, 1], [2, 2, 2]])
     state = {"speakers": ["anna", "bert"], "labels": [0, 1], "loss": theirs}
-    merged = checkpoint.load_head_by_speaker(loss, state, ["zoe", "bert", "new", "anna"], [0, 1, 2, 3])
+    merged = load_head_by_speaker(loss, state, ["zoe", "bert", "new", "anna"], [0, 1, 2, 3])
     assert merged[name][1].tolist() == [2, 2, 2] and merged[name][3].tolist() == [1, 1, 1]
     assert torch.equal(merged[name][[0, 2]], weight[[0, 2]])

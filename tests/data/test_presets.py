@@ -154,7 +154,7 @@ def test_masks_follow_their_options(noise_and_rir):
         ({"noise_snr": [15, 0]}, r"augment.noise_snr=\[15.0, 0.0\]: expected \[lowest, highest\]"),
         ({"gain_db": [3]}, r"augment.gain_db=\[3.0\]: expected"),
         ({"talkers": [7, 3]}, r"augment.talkers=\[7, 3\]: expected \[fewest, most\]"),
-        ({"speed": [0.9, 1.1], "speed_labels": True}, "must hold 1.0, and each speed once"),
+        ({"speed": [0.9, 1.1], "speed_labels": True}, "must begin with 1.0 and hold each speed once"),
         ({"lowpass_hz": [5000, 100]}, "augment.lowpass_hz"),
     ],
 )
