@@ -278,7 +278,9 @@ class TrainConfig:
     initial_weights: Literal["averaged", "trained"] = option(
         "averaged", "which weights of initial_model, where it has averages"
     )
-    frozen: list[str] = option([], "parts of the network that are not trained, by the beginnings of their names")
+    frozen: str | list[str] | None = option(
+        None, "parts of the network that are not trained, by the beginnings of their names"
+    )
     allow_partial: bool = option(False, "start although initial_model lacks weights or has others")
     timeout_seconds: float = option(
         600.0, "seconds without a step of some rank, saving included, until it is named and the run stops", gt=0

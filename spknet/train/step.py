@@ -32,12 +32,12 @@ class SpeakerTask(nn.Module):
         self.utterances_per_speaker, self.half = utterances_per_speaker, AUTOCAST.get(precision)
         self.frozen: list[nn.Module] = []
 
-    def freeze(self, names: list[str]) -> None:
+    def freeze(self, names: str | list[str] | None) -> None:
         """Parts of the network that are not trained, by the beginnings of their names; their BatchNorm stays as it is.
 
         Raises ConfigError for a name that the network has not.
         """
-        for name in names:
+        for name in [names] if isinstance(names, str) else names or []:
             inside = [p for own, p in self.model.named_parameters() if own == name or own.startswith(name + ".")]
             if not inside:
                 parts = ", ".join(own for own, _ in self.model.named_children())
