@@ -22,7 +22,8 @@ import torch
 
 from shards.format import ShardError, atomic_write
 from spknet.config import Config, ConfigError
-from spknet.data.batches import Corpus, Steps
+from spknet.data.batches import Steps
+from spknet.data.corpus import Corpus
 from spknet.data.mixing import mix
 from spknet.data.sampler import SamplerError
 from spknet.models.features import Spectrum

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from spknet.config import Config, DataConfig
-from spknet.data.batches import dev_speakers
+from spknet.data.corpus import dev_speakers
 from spknet.evaluate import scoring
 from spknet.evaluate.calibration import Calibration, features, fit
 from spknet.evaluate.scoring import ScoringError

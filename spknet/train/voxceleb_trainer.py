@@ -62,10 +62,10 @@ class Translation:
         """Does what `--eval` asks for: embeds, scores, prints EER and minDCF, never asks. Returns the exit status."""
         from spknet.checkpoints import file as checkpoint
         from spknet.evaluate import evaluation as evaluate
-        from spknet.parallel.ranks import ranks
+        from spknet.parallel.ranks import join
 
         config, out = self.config, Path(self.config.run_dir) / "eval" / "initial"
-        with ranks(config.train.device, config.train.threads, config.train.timeout_seconds) as me:
+        with join(config.train.device, config.train.threads) as me:
             path = config.train.initial_model or config.run_dir
             model, _, _ = checkpoint.load_network(path, me.device, model=config.model)
             found = evaluate.evaluate_network(model, config, out_dir=out, device=me.device)

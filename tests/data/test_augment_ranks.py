@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from spknet.data.batches import Corpus, Steps
+from spknet.data.batches import Steps
+from spknet.data.corpus import Corpus
 from spknet.data.presets import PRESETS
 from spknet.losses import LOSSES
 from spknet.options import parse

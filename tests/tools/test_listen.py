@@ -6,7 +6,8 @@ import soundfile
 import torch
 from matplotlib import image
 
-from spknet.data.batches import Corpus, Steps
+from spknet.data.batches import Steps
+from spknet.data.corpus import Corpus
 from spknet.data.mixing import mix
 from spknet.options import parse
 from spknet.parallel.ranks import Ranks

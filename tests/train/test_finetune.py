@@ -67,6 +67,12 @@ def finished(speech, tmp_path_factory):
     return run
 
 
+def started(config) -> Trainer:
+    trainer = Trainer(config, Ranks())
+    trainer.resume()
+    return trainer
+
+
 def fine(speech, run, part, folder, *more):
     words = [*BASE, "--data.train_shards", str(speech / part), "--data.speakers_per_batch", "4", "--loss.margin", "0.5"]
     words += ["--data.crop_seconds", "2", "--train.initial_model", str(run), "--run_dir", str(folder)]
@@ -76,15 +82,13 @@ def fine(speech, run, part, folder, *more):
 def test_a_large_margin_run_starts_from_the_averages_and_the_rows_of_speed_1(speech, finished, tmp_path):
     words = fine(speech, finished, "first", tmp_path / "lm", "--augment.speed_classes", "3")
     before = with_averages(newest(finished, warn=print)[1])
-    trainer = Trainer(parse(words), Ranks())
+    trainer = started(parse(words))
     assert torch.equal(trainer.task.loss.weight, before["loss"]["weight"])  # 3 x 16 rows, all of them
-    small = Trainer(parse(fine(speech, finished, "first", tmp_path / "small")), Ranks())
+    small = started(parse(fine(speech, finished, "first", tmp_path / "small")))
     assert torch.equal(small.task.loss.weight, before["loss"]["weight"][:16])
     for name, value in small.task.model.state_dict().items():
         assert torch.equal(value, before["model"][name]), name
-    last = Trainer(
-        parse(fine(speech, finished, "first", tmp_path / "x", "--train.initial_weights", "trained")), Ranks()
-    )
+    last = started(parse(fine(speech, finished, "first", tmp_path / "x", "--train.initial_weights", "trained")))
     trained = newest(finished, warn=print)[1]["model"]
     assert all(torch.equal(value, trained[name]) for name, value in last.task.model.state_dict().items())
     lines = train(1, words)
@@ -108,7 +112,7 @@ def test_fine_tuning_on_other_speakers_keeps_known_rows_and_watches_the_old_list
     more += ["--eval.trials", str(speech / "new.txt"), str(speech / "old.txt"), "--eval.every_epochs", "0"]
     words = fine(speech, finished, part, tmp_path / part, *more)
     before = with_averages(newest(finished, warn=print)[1])
-    trainer = Trainer(parse(words), Ranks())
+    trainer = started(parse(words))
     assert f"head: rows of {known} speakers kept, those of {new} begin anew" in capfd.readouterr().err
     old = dict(zip(before["speakers"], before["labels"]))
     for speaker, label in zip(trainer.speakers(), trainer.corpus.utterances.labels.tolist()):
@@ -130,7 +134,7 @@ def test_fine_tuning_goes_on_from_an_imported_checkpoint(speech, finished, tmp_p
 
     network, _, _ = load_network(finished)
     torch.save(to_legacy(network, None), tmp_path / "imported.model")
-    trainer = Trainer(parse(fine(speech, tmp_path / "imported.model", "more", tmp_path / "a")), Ranks())
+    trainer = started(parse(fine(speech, tmp_path / "imported.model", "more", tmp_path / "a")))
     for name, value in trainer.task.model.state_dict().items():
         torch.testing.assert_close(value, network.state_dict()[name])
     train(1, fine(speech, tmp_path / "imported.model", "more", tmp_path / "b"))
@@ -140,4 +144,4 @@ def test_a_part_that_the_network_has_not_is_an_error(speech, finished, tmp_path)
     with pytest.raises(
         ConfigError, match=r"train.frozen body: the network has no such part; it has features, stem, norm, stages"
     ):
-        Trainer(parse(fine(speech, finished, "first", tmp_path / "a", "--train.frozen", "body")), Ranks())
+        started(parse(fine(speech, finished, "first", tmp_path / "a", "--train.frozen", "body")))

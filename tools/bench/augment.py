@@ -27,7 +27,8 @@ import torch
 
 from shards.pack import pack
 from spknet.config import Config
-from spknet.data.batches import Corpus, Steps
+from spknet.data.batches import Steps
+from spknet.data.corpus import Corpus
 from spknet.data.mixing import mix
 from spknet.models import build_model
 from spknet.models.features import Spectrum
