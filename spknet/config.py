@@ -50,6 +50,12 @@ class DataConfig:
     train_shards: str | list[str] | None = option(None, "packed data set (folder made by shards.pack), or several")
     train_list: str | None = option(None, "loose files instead: lines `speaker path`")
     train_root: str | None = option(None, "folder that the paths in train_list start from")
+    sample_rate: int | None = option(
+        None,
+        "Hz of the training data, and from then on of the network; null: of packed data theirs, of loose files 16000",
+        ge=2000,
+        le=192000,
+    )
     speakers_per_batch: int = option(40, "N, distinct speakers of one global batch, over all ranks together", ge=2)
     utterances_per_speaker: int = option(2, "M, crops of each speaker in a batch", ge=1)
     crop_seconds: float = option(2.0, "length of a training crop, seconds", gt=0, le=3600)
@@ -100,6 +106,7 @@ class AugmentConfig:
     lowpass_hz: list[float] = option([2000.0, 7000.0], "its cut-off, Hz, [lowest, highest]")
     telephone: float = option(0.0, "probability of a telephone band: 8 kHz, 300 to 3400 Hz, G.711", ge=0, le=1)
     telephone_law: Literal["mu", "a", "both"] = option("both", "law of G.711; both: equally likely")
+    dither: float = option(0.0, "deviation of white noise on every crop, steps of 16-bit samples (WeSpeaker: 1)", ge=0)
     speed: list[float] = option([], "playing speeds drawn from, e.g. [1.0, 0.9, 1.1]; empty for none")
     speed_labels: bool = option(False, "each speed is a speaker of its own: class speaker + S * index in speed")
     speed_classes: int | None = option(None, "speeds that the head has classes for; null: those of speed_labels", ge=1)
@@ -154,9 +161,6 @@ class FeaturesConfig:
     )
     scale: Literal["auto", "unit", "int16"] = option(
         "auto", "kaldi: samples in [-1, 1] or -32768..32767; auto: as published"
-    )
-    dither: float = option(
-        0.0, "deviation of the noise added to training crops, steps of 16-bit samples (WeSpeaker: 1)", ge=0
     )
     hop_ms: float | None = option(None, "step from frame to frame, ms; null: 10, of redimnet 15", gt=0)
     remove_mean: bool = option(True, "each band minus its mean over the utterance")

@@ -21,10 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints import head
 from spknet.checkpoints.averages import with_averages
 from spknet.checkpoints.file import CheckpointError
 from spknet.checkpoints.heads import kept, load_head_by_speaker
 from spknet.config import ModelConfig
+from spknet.losses.classification import Classifier
+from spknet.losses.sharded import Sharded
 from spknet.models import MODELS
 
 HEAD = [
@@ -191,6 +194,12 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False, weights: 
     if state.get("format") != checkpoint.FORMAT:
         return [start, *load_into(task.model, task.loss, state, allow_partial)]
     state = with_averages(state, weights)
+    rate, ours = checkpoint.sample_rate(state), task.model.sample_rate
+    if rate != ours and not allow_partial:
+        raise CheckpointError(
+            f"{path} is of a network for {rate} Hz, the training data have {ours} Hz; give another checkpoint, or"
+            " --train.allow_partial true to start from its weights nonetheless"
+        )
     own, theirs = task.model.state_dict(), state["model"]
     fitting = {key: value for key, value in theirs.items() if key in own and value.shape == own[key].shape}
     misfit = Misfit(
@@ -200,9 +209,14 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False, weights: 
     )
     notes = _load(task.model, fitting, misfit, "network", allow_partial)
     speakers = [str(name) for name in corpus.utterances.speakers]
-    head = load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels, corpus.classes_per_speaker)
-    task.loss.load_state_dict(head)
-    return [start, *notes, *([kept(state, speakers)] if any(value.dim() for value in head.values()) else [])]
+    labels = corpus.utterances.labels
+    if isinstance(task.loss, Sharded) or ("head" in state and isinstance(task.loss, Classifier)):
+        head.initialize(task.loss, path, state, speakers, labels)
+    else:
+        rows = load_head_by_speaker(task.loss, state, speakers, labels, corpus.classes_per_speaker)
+        task.loss.load_state_dict(rows)
+    has_rows = isinstance(task.loss, Sharded) or any(value.dim() for value in task.loss.state_dict().values())
+    return [start, *notes, *([kept(state, speakers)] if has_rows else [])]
 
 
 def _load(module: nn.Module, found: dict[str, Tensor], misfit: Misfit, what: str, allow_partial: bool) -> list[str]:

@@ -24,6 +24,7 @@ import torch
 from shards.reader import Utterances, open_shards
 from spknet import rng
 from spknet.config import AugmentConfig, ConfigError
+from spknet.data import dither
 from spknet.data.mixing import Mixing, mix
 from spknet.data.presets import CATEGORY, Composition, composition, kinds
 
@@ -75,7 +76,7 @@ class Augmenter:
         speed_slots: (n,), what the speed is drawn by (the slots): equal ones get the same speed. Returns speed (n,) percent
         and speed_of_P (places at P percent); masks (n, 2 K, 2); noise (k, samples) int16 with noise_of (k,) places in the
         batch and noise_snr (k,) dB; rir (j, rir_samples) int16 with rir_of (j,); augmented: places; gain_db (n,);
-        lowpass_of, lowpass_hz; telephone_of, telephone_law; mixing.
+        lowpass_of, lowpass_hz; telephone_of, telephone_law; dither (n,), keys; mixing.
         """
         drawn = self.draw(epoch, slots, speed_slots)
         out: dict = dict(drawn.tensors)
@@ -88,7 +89,7 @@ class Augmenter:
         if drawn.rir_of is not None:
             # What is large travels as a tensor (see spknet.data.batches.Batch).
             out |= {"rir": torch.from_numpy(self._responses(drawn.rir_rows)), "rir_of": drawn.rir_of}
-        mixing = Mixing(self.rate, layers, c.rir, c.level, c.power_floor)
+        mixing = Mixing(self.rate, layers, c.rir, c.level, c.power_floor, self.config.dither)
         if mixing != Mixing() and out:
             out["mixing"] = mixing
         return out
@@ -121,6 +122,8 @@ class Augmenter:
             if self.composition.level != "kept":
                 drawn.tensors["augmented"] = np.flatnonzero(drawn.kind >= 0)
         self._draw_channel(drawn.tensors, uniform)
+        if c.dither:
+            drawn.tensors["dither"] = dither.keys(self.seed, epoch, slots)
         return drawn
 
     def _speeds(self, draws: np.ndarray) -> dict[str, np.ndarray]:

@@ -23,7 +23,6 @@ import torch
 
 from spknet import rng
 from spknet.config import Config, ConfigError
-from spknet.data import dither
 from spknet.data.augment import Augmenter
 from spknet.data.corpus import Corpus
 from spknet.data.mixing import Mixing
@@ -67,11 +66,7 @@ class Steps(torch.utils.data.Dataset):
     """Step number (global) -> Batch of one rank."""
 
     def __init__(self, config: Config, corpus: Corpus, me: Ranks):
-        self.corpus, self.seed, self.dither = corpus, config.train.seed, config.features.dither
-        if not 0 <= self.dither < 1000:
-            raise ConfigError(
-                f"features.dither={self.dither}: expected 0 to 1000 steps of a 16-bit integer; usual is 1"
-            )
+        self.corpus, self.seed = corpus, config.train.seed
         n, world = config.data.speakers_per_batch, me.world_size
         if n % world:
             raise ConfigError(
@@ -110,8 +105,6 @@ class Steps(torch.utils.data.Dataset):
             speed_slots = np.repeat(slots[:, :1], slots.shape[1], axis=1).reshape(-1)
             labels = labels + self.corpus.n_labels * self.augmenter.speed_index(epoch, slots[:, 0])
         augment = self.augmenter.read(epoch, slots.reshape(-1), speed_slots)
-        if self.dither:
-            augment["dither"] = dither.keys(self.seed, epoch, slots.reshape(-1))
         return Batch(
             step=step,
             crops=crops,

@@ -16,7 +16,7 @@ from spknet.config import AugmentConfig, ConfigError, DataConfig
 from spknet.data.augment import classes_per_speaker, noise_fingerprint
 from spknet.data.sampler import Sampler
 
-SAMPLE_RATE = 16000  # Hz, where no data set says otherwise
+SAMPLE_RATE = 16000  # Hz, of loose files where data.sample_rate is not given
 
 
 def dev_speakers(speakers: list[str], wanted: int | str) -> np.ndarray:
@@ -75,7 +75,12 @@ class Corpus:
         else:
             if not data.train_root:
                 raise ConfigError("--data.train_list wants --data.train_root, the folder its paths start from")
-            utterances = open_files(data.train_list, data.train_root, SAMPLE_RATE)
+            utterances = open_files(data.train_list, data.train_root, data.sample_rate or SAMPLE_RATE)
+        if data.sample_rate not in (None, utterances.sample_rate):
+            raise ConfigError(
+                f"data.sample_rate={data.sample_rate}, but {data.train_shards} has {utterances.sample_rate} Hz; leave the"
+                " option out, or pack the audio at that rate"
+            )
         kept_out = dev_speakers(list(utterances.speakers), data.dev_speakers)
         sampler = Sampler(
             utterances.speaker_rows,

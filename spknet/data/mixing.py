@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spknet.data import dither
 from spknet.data.channel import convolve, low_pass, resampler, telephone
 from spknet.data.presets import PEAK_FLOOR
 
@@ -26,6 +27,7 @@ class Mixing:
     rir: str = "aligned"
     level: str = "kept"
     power_floor: float = 0.0
+    dither: float = 0.0  # steps of 16-bit samples
 
 
 def mix(crops: torch.Tensor, augment: dict[str, torch.Tensor], samples: int, dtype: torch.dtype) -> torch.Tensor:
@@ -53,6 +55,8 @@ def mix(crops: torch.Tensor, augment: dict[str, torch.Tensor], samples: int, dty
     if len(augment.get("telephone_of", ())):
         these = augment["telephone_of"]
         waves[these] = telephone(waves[these], augment["telephone_law"], how.rate)
+    if "dither" in augment:
+        waves = dither.add(waves, augment["dither"], how.dither)
     return waves
 
 

@@ -17,7 +17,6 @@ from spknet.evaluate import report, scoring
 from spknet.evaluate.scoring import ScoringError
 from spknet.evaluate.systems import Backend, Embedded
 from spknet.evaluate.trials import Trials, speaker_of
-from spknet.evaluate.utterances import SAMPLE_RATE
 
 UNLOGGED = ("eer_threshold", "replicates")  # figures that are no curve over the steps
 
@@ -129,7 +128,9 @@ def _describe(one: Scored, dev: Scored | None, embedded: Embedded, ask: Ask) -> 
         found["thresholds"] = breakdown.threshold_card((scores, one.labels), chooser)
     if ask.breakdown:
         threshold = found["systems"][system]["eer_threshold"]
-        shorter = np.minimum(*(side / SAMPLE_RATE for side in embedded.sides(one.trials, embedded.samples, np.sum)))
+        shorter = np.minimum(
+            *(side / embedded.sample_rate for side in embedded.sides(one.trials, embedded.samples, np.sum))
+        )
         found["groups"] = {"shorter side": breakdown.by_duration(scores, one.labels, shorter, threshold)}
         for column in ask.by:
             sides = breakdown.groups_of(one.trials, column, ask.metadata, ask.speakers)

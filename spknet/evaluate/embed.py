@@ -26,10 +26,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from spknet.config import ConfigError
-from spknet.evaluate.utterances import SAMPLE_RATE, Places, Sources
+from spknet.evaluate.utterances import Places, Sources
 from spknet.parallel.gather import rank, world_size
 
-SHORTEST = 8000  # samples; shorter utterances are repeated to this length: networks need a few dozen frames
+SHORTEST_SECONDS = 0.5  # shorter utterances are repeated to this length: networks need a few dozen frames
 GATHERED = 4096  # rows of a rank that travel at a time
 READERS = 2  # threads that read and decode ahead of the network
 
@@ -41,6 +41,7 @@ class Crops:
     samples: int = 0
     count: int = 1
     padding: str = "repeat"  # of short utterances: repeat, or zeros
+    shortest: int = 8000  # samples that whole utterances are repeated to
 
     def __post_init__(self):
         if self.count < 1 or (self.samples == 0 and self.count != 1):
@@ -51,7 +52,7 @@ class Crops:
     def cut(self, audio: np.ndarray) -> np.ndarray:
         """(samples,) int16 -> (count, crop) int16."""
         if self.samples == 0:
-            return np.resize(audio, max(len(audio), SHORTEST))[None]
+            return np.resize(audio, max(len(audio), self.shortest))[None]
         if len(audio) <= self.samples:
             if self.padding == "zeros":
                 side = (self.samples - len(audio) + 1) // 2
@@ -63,7 +64,7 @@ class Crops:
 
     def length(self, samples: np.ndarray) -> np.ndarray:
         """Length of the crops of utterances that are `samples` long."""
-        return np.full_like(samples, self.samples) if self.samples else np.maximum(samples, SHORTEST)
+        return np.full_like(samples, self.samples) if self.samples else np.maximum(samples, self.shortest)
 
 
 def plan(samples: np.ndarray, crops: Crops, batch_samples: int) -> list[np.ndarray]:
@@ -102,7 +103,7 @@ def embed(
 ) -> np.ndarray | None:
     """Embeddings (utterances, crops, dimensions), float32 (float64 of a float64 network), on rank 0; None elsewhere.
 
-    Called on all ranks with the same places. The network is put in eval mode and left as it was. A failure on one rank
+    sources: at the network's sample rate. Called on all ranks with the same places. The network is put in eval mode and left as it was. A failure on one rank
     (a damaged file) is raised on all.
     """
     batches = plan(places.samples, crops, round(batch_seconds * sources.sample_rate))
@@ -233,11 +234,12 @@ def main(argv: list[str] | None = None) -> int:
 
     chosen = arguments(argv)
     try:
-        crops = Crops(round(chosen.crop_seconds * SAMPLE_RATE), chosen.crops)
         names = sorted({line.split()[-1] for _, line in open_text(chosen.list) if line.strip()})
         with ranks(chosen.device, chosen.threads) as me:
             model, config, meta = load_network(chosen.checkpoint, me.device)
-            sources = Sources(chosen.shards, chosen.root)
+            rate = model.sample_rate
+            crops = Crops(round(chosen.crop_seconds * rate), chosen.crops, shortest=round(SHORTEST_SECONDS * rate))
+            sources = Sources(chosen.shards, chosen.root, rate)
             places = sources.locate(names)
             if places.missing():
                 raise TrialError(f"{chosen.list}: {places.missing()[0]} not found in {sources.describe(chosen.shards)}")
@@ -247,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
             if me.first:
                 settings = {"score": config.eval.score, "crops": chosen.crops, "crop_seconds": chosen.crop_seconds}
                 facts = {"path": meta["path"], "step": meta.get("step"), "loss": config.loss.name, "eval": settings}
-                kept.keep(chosen.out, Embedded(found, {n: i for i, n in enumerate(names)}, places.samples), facts)
+                facts["sample_rate"] = rate
+                kept.keep(chosen.out, Embedded(found, {n: i for i, n in enumerate(names)}, places.samples, rate), facts)
                 print(f"{chosen.out}: {len(names)} utterances, {found.shape[-1]} dimensions")
     except (TrialError, ShardError, CheckpointError, RankError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)

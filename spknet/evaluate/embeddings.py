@@ -52,4 +52,4 @@ def load(folder: str | Path) -> tuple[Embedded, np.ndarray | None, dict]:
     rows = {name: i for i, (name, _) in enumerate(lines)}
     cohort = np.load(folder / "cohort.npy", allow_pickle=False) if (folder / "cohort.npy").is_file() else None
     facts = json.loads((folder / "embeddings.json").read_text())
-    return Embedded(array, rows, np.array([int(n) for _, n in lines])), cohort, facts
+    return Embedded(array, rows, np.array([int(n) for _, n in lines]), facts.get("sample_rate", 16000)), cohort, facts

@@ -52,7 +52,7 @@ def evaluate_network(
     "min_dcf_p05", ...} of the first test list (of the development list where there is no other), the same of the
     development list as "dev_eer", ..., and of every list under "lists"; {} on other ranks.
     """
-    prepared = on_first(lambda: trials or check(config), share=False)
+    prepared = on_first(lambda: trials or check(config, sample_rate=model.sample_rate), share=False)
     embedded = embed_lists(model, config, prepared, device, what="evaluation")
     ask = Ask(metrics=config.eval.metrics, pictures=False, breakdown=False)
 
@@ -170,28 +170,30 @@ def _extract_and_score(chosen: argparse.Namespace, device: torch.device) -> None
     """Embeds what the lists need, on all ranks, and scores on rank 0."""
     model, config, meta = load_network(chosen.checkpoint, device, weights=chosen.weights)
     config, bf16, cohort, beside = with_options(config, chosen), chosen.precision == "bf16", None, {}
-    prepared = on_first(lambda: _checked(chosen, config), share=False)
+    prepared = on_first(lambda: _checked(chosen, config, model.sample_rate), share=False)
     use_cohort = bool(chosen.as_norm or chosen.subtract_mean)
-    found = on_first(lambda: _cohort_places(chosen, config, meta)) if use_cohort else None
+    found = on_first(lambda: _cohort_places(chosen, config, meta, model.sample_rate)) if use_cohort else None
     embedded = embed_lists(model, config, prepared, device, bf16)
     if use_cohort:
         data, places, speakers = found
         options = {"device": device, "batch_seconds": config.eval.batch_seconds, "bf16": bf16, "what": "cohort"}
-        rows = embed(model, Sources(data.train_shards, data.train_root), places, crops_of(config), **options)
+        sources = Sources(data.train_shards, data.train_root, model.sample_rate)
+        rows = embed(model, sources, places, crops_of(config, model.sample_rate), **options)
         cohort = None if rows is None else speaker_means(rows, speakers)
     if chosen.untrained:
         rng.initialize(model, config.train.seed)
         beside["untrained"] = embed_lists(model, config, prepared, device, bf16, "untrained")
     facts = {name: meta.get(name) for name in ("path", "step", "epoch")} | {"model": dataclasses.asdict(config.model)}
     facts |= {"loss": config.loss.name, "eval": dataclasses.asdict(config.eval), "precision": chosen.precision}
+    facts["sample_rate"] = model.sample_rate
     lists = prepared and (prepared.lists, prepared.roles)
     on_first(lambda: _finish(chosen, config, facts, lists, embedded, cohort, beside), share=False)
 
 
-def _checked(chosen: argparse.Namespace, config: Config) -> Prepared:
+def _checked(chosen: argparse.Namespace, config: Config, sample_rate: int) -> Prepared:
     """Everything that can be wrong, before any extraction starts."""
     backend_of(config, subtract_mean=chosen.subtract_mean, as_norm=chosen.as_norm).check()
-    prepared, asked = check(config, chosen.enrolment), _asked(chosen, config)
+    prepared, asked = check(config, chosen.enrolment, sample_rate), _asked(chosen, config)
     if prepared is None:
         raise TrialError("no list to evaluate: the run names none; give --trials LIST --root FOLDER")
     for trials in prepared.lists:
@@ -218,7 +220,7 @@ def _asked(chosen: argparse.Namespace, config: Config) -> Ask:
     )
 
 
-def _cohort_places(chosen: argparse.Namespace, config: Config, meta: dict) -> tuple:
+def _cohort_places(chosen: argparse.Namespace, config: Config, meta: dict, sample_rate: int) -> tuple:
     """(where the cohort lies, its utterances, the speaker of each); checked, so that --as_norm K fits it."""
     data, speakers = config.data, trained_speakers(config, meta)
     if chosen.cohort or chosen.cohort_shards:
@@ -226,7 +228,7 @@ def _cohort_places(chosen: argparse.Namespace, config: Config, meta: dict) -> tu
             DataConfig(train_list=chosen.cohort, train_root=chosen.cohort_root, train_shards=chosen.cohort_shards),
             None,
         )
-    places, of = cohort_places(data, chosen.cohort_utterances, speakers)
+    places, of = cohort_places(data, chosen.cohort_utterances, speakers, sample_rate)
     if chosen.as_norm:
         scoring.check_top(chosen.as_norm, len(set(of.tolist())))
     return data, places, of

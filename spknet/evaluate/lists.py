@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from spknet.config import Config
-from spknet.evaluate.embed import Crops, embed
+from spknet.evaluate.embed import SHORTEST_SECONDS, Crops, embed
 from spknet.evaluate.systems import Embedded
 from spknet.evaluate.trials import TrialError, Trials, read_enrolment, read_trials
 from spknet.evaluate.utterances import SAMPLE_RATE, Places, Sources, as_list
@@ -35,17 +35,17 @@ class Prepared:
         return {name: i for i, name in enumerate(self.places.names)}
 
 
-def check(config: Config, enrolment: str | None = None) -> Prepared | None:
+def check(config: Config, enrolment: str | None = None, sample_rate: int = SAMPLE_RATE) -> Prepared | None:
     """Reads all lists, finds all their utterances and their lengths; None where the config names no list.
 
-    enrolment: a list of models of several utterances. Talks to no other rank. Raises TrialError (list, line, what is
+    enrolment: a list of models of several utterances. sample_rate: the network's, Hz, and so the audio's. Talks to no other rank. Raises TrialError (list, line, what is
     wrong), ShardError (audio that cannot be read) or ConfigError (crops that cannot be).
     """
-    crops_of(config)
+    crops_of(config, sample_rate)
     lists, roles = read_lists(config, enrolment)
     if not lists:
         return None
-    sources = Sources(config.eval.shards, config.eval.root)
+    sources = Sources(config.eval.shards, config.eval.root, sample_rate)
     places = sources.locate(utterances(lists))
     require(lists, set(places.missing()), sources.describe(config.eval.shards))
     return Prepared(lists, roles, sources, sources.measure(places))
@@ -79,9 +79,10 @@ def require(lists: list[Trials], missing: set[str], searched: str) -> None:
             )
 
 
-def crops_of(config: Config) -> Crops:
+def crops_of(config: Config, sample_rate: int) -> Crops:
     """What of each utterance is embedded, as config.eval says."""
-    return Crops(round(config.eval.crop_seconds * SAMPLE_RATE), config.eval.crops, config.eval.padding)
+    samples = round(config.eval.crop_seconds * sample_rate)
+    return Crops(samples, config.eval.crops, config.eval.padding, shortest=round(SHORTEST_SECONDS * sample_rate))
 
 
 def embed_lists(
@@ -89,18 +90,19 @@ def embed_lists(
 ):
     """Embedded utterances of rank 0's lists, on rank 0 (None elsewhere). Called on all ranks."""
     places = on_first(lambda: prepared.places)
-    sources = prepared.sources if prepared else Sources(config.eval.shards, config.eval.root)
+    rate = model.sample_rate
+    sources = prepared.sources if prepared else Sources(config.eval.shards, config.eval.root, rate)
     found = embed(
         model,
         sources,
         places,
-        crops_of(config),
+        crops_of(config, rate),
         device=device,
         batch_seconds=config.eval.batch_seconds,
         bf16=bf16,
         what=what,
     )
-    return None if found is None else Embedded(found, prepared.rows, places.samples)
+    return None if found is None else Embedded(found, prepared.rows, places.samples, rate)
 
 
 def on_first(work, share: bool = True):

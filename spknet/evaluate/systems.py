@@ -30,6 +30,7 @@ class Embedded:
     embeddings: np.ndarray
     rows: dict[str, int]
     samples: np.ndarray
+    sample_rate: int = SAMPLE_RATE  # Hz
 
     def sides(self, trials: Trials, values: np.ndarray, together=np.mean) -> tuple[np.ndarray, np.ndarray]:
         """A quantity of utterances for the left and the right of each trial; together: what makes a model's of several."""
@@ -108,7 +109,10 @@ class Backend:
 
     def _features(self, scores: np.ndarray, trials: Trials, embedded: Embedded) -> np.ndarray:
         # A model has all its utterances' speech, but the mean of their magnitudes.
-        known = {"duration": (embedded.samples / SAMPLE_RATE, np.sum), "magnitude": (embedded.magnitudes(), np.mean)}
+        known = {
+            "duration": (embedded.samples / embedded.sample_rate, np.sum),
+            "magnitude": (embedded.magnitudes(), np.mean),
+        }
         sides = [tuple(map(np.log, embedded.sides(trials, *known[quality]))) for quality in self.qualities]
         return features(scores, sides)
 
@@ -121,12 +125,15 @@ def trained_speakers(config: Config, meta: dict) -> list[str] | None:
     return [name for name, out in zip(meta["speakers"], kept_out) if not out]
 
 
-def cohort_places(data: DataConfig, each: int, speakers: list[str] | None) -> tuple[Places, np.ndarray]:
+def cohort_places(
+    data: DataConfig, each: int, speakers: list[str] | None, sample_rate: int = SAMPLE_RATE
+) -> tuple[Places, np.ndarray]:
     """At most `each` utterances of every cohort speaker, spread over what there is, and the speaker number of each (n,).
 
     data: train_shards, or train_list with train_root. speakers: those the network was trained on; None for all.
+    sample_rate: the network's, Hz.
     """
-    sources = Sources(data.train_shards, data.train_root)
+    sources = Sources(data.train_shards, data.train_root, sample_rate)
     if data.train_shards:
         return _packed_cohort(sources, data, each, speakers)
     if not data.train_list:

@@ -20,7 +20,7 @@ import soundfile
 from shards.audio import read_audio
 from shards.format import ShardError
 
-SAMPLE_RATE = 16000  # Hz, of everything that networks here are given
+SAMPLE_RATE = 16000  # Hz, where no network says otherwise
 ENDINGS = (".wav", ".flac")
 PROBES = 8  # headers read at a time: hides the latency of a network file system
 

@@ -81,6 +81,7 @@ class ERes2NetV2(ResidualNetwork):
     """waves (batch, samples) -> (batch, embedding_size); see spknet.models.network."""
 
     variants = tuple(SIZES)
+    front_end = "3dspeaker"
     blocks = (3, 4, 6, 3)
     planes = 64
 

@@ -11,7 +11,7 @@
         def frames(self, x):                                # (batch, bands, frames) -> (batch, channels, frames)
             ...
 
-        def embed_frames(self, x):                                  # (batch, channels, frames) -> (batch, embedding_size)
+        def embed_frames(self, x):                          # (batch, channels, frames) -> (batch, embedding_size)
             return self.seg_1(self.pool(x))
 
 `frames` runs in the precision of the autocast, `embed_frames` in its parameters': statistics in bfloat16 lose what they measure.
@@ -46,6 +46,7 @@ class Network(nn.Module):
     encoders: tuple[str, ...] = tuple(POOLINGS)
     variants: tuple[str, ...] = ("wespeaker",)
     renames: dict[str, list[tuple[str, str]]] = {}  # variant -> pairs (pattern, replacement) of re.sub
+    front_end: str | None = None  # whose features it was published with, where that is not the variant's name
     time_stride = 1  # frames of features for one frame of the pooling
     takes_lengths = False
     norm_after_pooling = False  # a BatchNorm sees one value a channel and utterance: training wants two utterances
@@ -57,11 +58,10 @@ class Network(nn.Module):
             raise ConfigError(
                 f"model.variant {config.variant}: {config.name} has no such variant; it has {', '.join(self.variants)}"
             )
-        self.features = build_features(config, sample_rate, features, self.variant)
+        self.features = build_features(config, sample_rate, features, self.front_end or self.variant)
         self.bands = self.features.bands
-        self.fewest_frames = (
-            self.time_stride * (fewest_frames(config.encoder) - 1) + 1
-        )  # of features; fewer are repeated
+        # Of features; an utterance of fewer is repeated.
+        self.fewest_frames = self.time_stride * (fewest_frames(config.encoder) - 1) + 1
         self.build(config)
 
     def build(self, config: ModelConfig) -> None:

@@ -23,10 +23,10 @@ import yaml
 
 from shards.format import atomic_write, remove_leftovers
 from spknet import config as configuration
+from spknet.checkpoints.file import remove_orphans
 from spknet.config import Config
 from spknet.data.batches import LoaderLost
 from spknet.errors import INTERRUPTED, USAGE, UserError
-from spknet.evaluate import evaluation
 from spknet.messages import say
 from spknet.parallel.ranks import Ranks, here, join, meet
 from spknet.parallel.together import Failed, agree, gather_objects, on_first, sentence, together
@@ -144,7 +144,6 @@ def _run(run: Run, config: Config, me: Ranks, watchdog: Watchdog, stop: StopSign
     options = {f"option {k}": repr(v) for k, v in configuration.flatten(configuration.to_dict(config)).items()}
     versions = {f"version of {k}": v for k, v in run_folder.versions().items()}
     agree({"the code": run_folder.code_digest(), **versions, **options, "CPU threads": str(torch.get_num_threads())})
-    on_first("reading the trial lists", lambda: evaluation.check(config), share=False)
     trainer = Trainer(config, me)
     on_first("taking the run folder", lambda: _own(run, config), share=False)
     trainer.resume()
@@ -164,6 +163,7 @@ def _own(run: Run, config: Config) -> None:
     owner.enter_context(run_folder.owned(config.run_dir))
     run.owner = owner
     remove_leftovers(Path(config.run_dir) / "checkpoints")  # of a run killed while it saved
+    remove_orphans(config.run_dir)
 
 
 def _describe(config: Config, places: list[tuple[str, str]]) -> None:

@@ -71,6 +71,21 @@ def finite_gradients(parameters) -> torch.Tensor:
     return torch.isfinite(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))).all()
 
 
+def clip_gradients(parameters, shards, squared: torch.Tensor | None, limit: float) -> torch.Tensor:
+    """Scales all gradients so that their norm is at most `limit`; returns the norm before.
+
+    parameters: those that every rank has; shards: those of this rank alone; squared: sum of squares of the gradients of all
+    ranks' shards, None where there are none.
+    """
+    parameters = list(parameters)
+    if squared is None:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    shared = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = (shared.double().square() + squared).sqrt()
+    torch.nn.utils.clip_grads_with_norm_([*parameters, *shards], limit, norm)
+    return norm
+
+
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int, utterances: int = 0) -> float:
     """Learning rate of the step with this number (the first is 0). utterances: of the global batch, for lr_batch."""
     ratio = utterances / config.lr_batch if config.lr_batch else 1.0

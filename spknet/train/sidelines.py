@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints import head as pieces
 from spknet.data.batches import Batch, Batches
 from spknet.evaluate import evaluation
+from spknet.losses.sharded import Sharded
 from spknet.messages import Progress, say
 from spknet.parallel.together import broadcast, on_first
 from spknet.parallel.watchdog import Watchdog
@@ -94,14 +96,17 @@ class Sidelines:
     def save(self) -> None:
         """Writes the checkpoint of this step on rank 0; every rank returns when it is durable."""
         self.watchdog.says("saving", self.trainer.step, -1)
-        on_first("saving", self._write_checkpoint, share=False)
+        t, head = self.trainer, {}
+        if isinstance(t.task.loss, Sharded):
+            head = {"head": pieces.write(checkpoint.path_of(self.run_dir, t.step), t.task.loss, t.optimizer)}
+        on_first("saving", lambda: self._write_checkpoint(head), share=False)
         self.trainer.saved()
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, head: dict) -> None:
         t = self.trainer
         self.log.sync()
         best = t.best and t.best["step"]
-        checkpoint.save(self.run_dir, t.state(), self.config.train.keep_checkpoints, best)
+        checkpoint.save(self.run_dir, t.state() | head, self.config.train.keep_checkpoints, best)
         write_state(self.run_dir, "running", t.step)
 
     def evaluation_due(self) -> bool:

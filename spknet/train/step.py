@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from spknet.config import ConfigError
-from spknet.data import dither
 from spknet.data.augment import mix
 from spknet.data.batches import Batch
 from spknet.parallel.gradients import AveragedGradients
@@ -70,16 +69,10 @@ class SpeakerTask(nn.Module):
         return self.score(self.embed(waves, masks), labels, draws)
 
 
-def prepare(batch: Batch, samples: int, dtype: torch.dtype, device: torch.device, dithered: float = 0.0) -> tuple:
-    """The arguments of SpeakerTask.forward: augmented waves (n, samples), masks or None, labels, draws.
-
-    dithered: deviation of the noise that is added last, 16-bit steps.
-    """
+def prepare(batch: Batch, samples: int, dtype: torch.dtype, device: torch.device) -> tuple:
+    """The arguments of SpeakerTask.forward: augmented waves (n, samples), masks or None, labels, draws."""
     crops, augment, labels, draws = batch.to(device)
-    waves = mix(crops, augment, samples, dtype)
-    if dithered:
-        waves = dither.add(waves, augment["dither"], dithered)
-    return waves, augment.get("masks"), labels, draws
+    return mix(crops, augment, samples, dtype), augment.get("masks"), labels, draws
 
 
 def step_at_once(task: SpeakerTask, inputs: tuple, scale, gradients: AveragedGradients) -> tuple[Tensor, Tensor]:

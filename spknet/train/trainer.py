@@ -21,12 +21,15 @@ import torch
 from spknet import config as configuration
 from spknet import rng
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints import head as pieces
 from spknet.checkpoints import voxceleb_trainer
 from spknet.checkpoints.heads import load_head_by_speaker
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches
 from spknet.data.corpus import Corpus
+from spknet.evaluate import evaluation
 from spknet.losses import build_loss
+from spknet.losses.sharded import Sharded
 from spknet.messages import say, warn
 from spknet.models import build_model
 from spknet.parallel.batchnorm import globalize
@@ -36,7 +39,7 @@ from spknet.parallel.ranks import Ranks
 from spknet.parallel.together import agree, gather_objects, on_first, together
 from spknet.train import run_folder
 from spknet.train.averaging import Averaging
-from spknet.train.optim import build_optimizer, finite_gradients, learning_rate, margin, set_rate
+from spknet.train.optim import build_optimizer, clip_gradients, finite_gradients, learning_rate, margin, set_rate
 from spknet.train.step import SpeakerTask, prepare, step_at_once, step_in_chunks, train_batchnorm
 
 if TYPE_CHECKING:
@@ -62,10 +65,12 @@ class Trainer:
         with together("opening the data"):
             self.corpus = Corpus.open(config.data, config.train.seed, config.augment)
         agree({"the training data": self.corpus.fingerprint()})
+        self.sample_rate = self.corpus.utterances.sample_rate
+        on_first("reading the trial lists", self._check_lists, share=False)
         self.steps_per_epoch = self.corpus.sampler.steps
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
-        self.samples = round(config.data.crop_seconds * self.corpus.utterances.sample_rate)
+        self.samples = round(config.data.crop_seconds * self.sample_rate)
         with together("building the network"):
             self._build()
         self.step = 0  # optimizer steps done
@@ -73,9 +78,12 @@ class Trainer:
         self.best: dict | None = None  # {"step", "dev_eer"}
         self.seconds = 0.0  # of training, evaluation and saving apart
 
+    def _check_lists(self) -> None:
+        evaluation.check(self.config, sample_rate=self.sample_rate)
+
     def _build(self) -> None:
         c, per_speaker = self.config, self.config.data.utterances_per_speaker
-        model = build_model(c.model, self.corpus.utterances.sample_rate, c.features)
+        model = build_model(c.model, self.sample_rate, c.features)
         loss = build_loss(c.loss, c.model.embedding_size, self.corpus.n_classes, per_speaker)
         rng.initialize(model, c.train.seed)
         rng.initialize(loss, c.train.seed)
@@ -85,7 +93,7 @@ class Trainer:
         if c.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
         self.task.freeze(c.train.frozen)
-        self.optimizer = build_optimizer(c.optim, self.task.model.parameters(), self.task.loss.parameters())
+        self.optimizer = build_optimizer(c.optim, model.parameters(), loss.parameters(), loss.shards())
         self.scaler = torch.amp.GradScaler(self.me.device.type, enabled=c.train.precision == "fp16")
         self.averaging = Averaging(c.train, self.task, self.steps_per_epoch, self.total_steps)
         self.gradients = AveragedGradients(self.task.parameters())
@@ -105,37 +113,42 @@ class Trainer:
             if path is not None:
                 state = checkpoint.read(path)
                 checkpoint.check_resume(state, path, self.config, self.corpus.fingerprint())
-                self._load(state)
+                self._load(state, path)
                 say(f"continuing {path} at step {self.step}")
             elif c.initial_model:
                 how = (c.allow_partial, c.initial_weights)
                 for note in voxceleb_trainer.load_initial(self.task, c.initial_model, self.corpus, *how):
                     say(note)
 
-    def _load(self, state: dict) -> None:
+    def _load(self, state: dict, path: str) -> None:
         self.task.model.load_state_dict(state["model"])
-        self.task.loss.load_state_dict(
-            load_head_by_speaker(
-                self.task.loss, state, self.speakers(), self.corpus.utterances.labels, self.corpus.classes_per_speaker
-            )
-            if state["data_fingerprint"] != self.corpus.fingerprint()
-            else state["loss"]
-        )
-        self.optimizer.load_state_dict(state["optimizer"])
+        moved = state["data_fingerprint"] != self.corpus.fingerprint()
+        speakers, loss = (self.speakers(), self.corpus.utterances.labels), self.task.loss
+        if isinstance(loss, Sharded):
+            classes = pieces.classes_by_speaker(state, loss.n_classes, *speakers) if moved else None
+            trained = sum(p.requires_grad for p in self.task.model.parameters())
+            pieces.resume(loss, trained, self.optimizer, path, state, classes)
+        elif "head" in state:
+            raise checkpoint.CheckpointError(f"{path} has a head in pieces: continue with --loss.sharded true")
+        else:
+            speeds = self.corpus.classes_per_speaker
+            loss.load_state_dict(load_head_by_speaker(loss, state, *speakers, speeds) if moved else state["loss"])
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.averaging.load(state.get("averaging"))
         self.step, self.window, self.best, self.seconds = (state[k] for k in ("step", "window", "best", "seconds"))
 
     def state(self) -> dict:
-        """What a checkpoint holds."""
+        """What a checkpoint holds, a head in pieces apart."""
         return {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
             "config": configuration.to_dict(self.config),
+            "sample_rate": self.sample_rate,
             "model": self.task.model.state_dict(),
             "loss": self.task.loss.state_dict(),
             "averaging": self.averaging.state(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": pieces.optimizer_state(self.optimizer, self.task.loss),
             "scheduler": {"name": self.config.optim.schedule, "step": self.step},
             "scaler": self.scaler.state_dict(),
             "speakers": self.speakers(),
@@ -159,45 +172,53 @@ class Trainer:
         with Batches(self.config, self.corpus, self.me, self.step, self.total_steps) as batches:
             for batch in side.watched(batches):
                 self._set_rates()
-                inputs = prepare(batch, self.samples, self.dtype, self.me.device, self.config.features.dither)
+                inputs = prepare(batch, self.samples, self.dtype, self.me.device)
                 self.gradients.clear()
                 if c.chunk:
                     loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, self.gradients, c.chunk)
                 else:
                     loss, accuracy = step_at_once(self.task, inputs, self.scaler.scale, self.gradients)
-                loss, accuracy, asked = self._all_ranks(loss, accuracy, side.asks(), batch, inputs[0])
-                self._update_weights()
-                self._count(loss, accuracy)
+                asked = self._update(loss, accuracy, side, batch, inputs[0])
                 if side.after_step(asked):
                     return side.stop.received or "a signal to another rank"
         return None
 
     def _set_rates(self) -> None:
-        c, per_epoch = self.config, self.steps_per_epoch
+        c = self.config
         utterances = c.data.speakers_per_batch * c.data.utterances_per_speaker
-        set_rate(self.optimizer, learning_rate(c.optim, self.step, per_epoch, self.total_steps, utterances))
-        self.task.loss.margin = margin(self.config.loss, self.step, self.steps_per_epoch)
+        set_rate(self.optimizer, learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps, utterances))
+        self.task.loss.margin, self.task.loss.step = margin(c.loss, self.step, self.steps_per_epoch), self.step
 
-    def _all_ranks(self, loss, accuracy, asks: list[bool], batch: Batch, waves) -> tuple[float, float, list[bool]]:
-        """Global loss and accuracy, and what some rank asks for. Raises NonFiniteLoss on all ranks."""
-        finite = torch.isfinite(loss)
-        if not self.scaler.is_enabled():  # with float16 the scaler skips such a step
-            finite &= finite_gradients(self.task.parameters())
-        own = [loss.double(), accuracy.double(), ~finite, *asks]
-        told = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.me.device) for x in own])
-        total = all_reduce_sum(told).tolist()
-        if total[2]:
-            self._report_non_finite(float(loss), batch, waves)
-        world = self.me.world_size
-        return total[0] / world, total[1] / world, [count > 0 for count in total[3:]]
+    def _update(self, loss, accuracy, side: Sidelines, batch: Batch, waves) -> list[bool]:
+        """The optimizer's step, where all ranks' gradients are finite; returns what some rank asks for.
 
-    def _update_weights(self) -> None:
-        self.scaler.unscale_(self.optimizer)
-        if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.task.parameters(), self.config.optim.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        Raises NonFiniteLoss on all ranks.
+        """
+        with self.task.loss.updating(self.optimizer) as shards:
+            parameters, scaled = [*self.task.parameters(), *shards], self.scaler.is_enabled()
+            finite = torch.isfinite(loss)
+            sound = finite_gradients(parameters) if shards or not scaled else finite
+            if not scaled:  # with float16 the scaler skips such a step
+                finite &= sound
+            total, correct, infinite, unsound, *asked = self._sums(loss, accuracy, ~finite, ~sound, *side.asks())
+            if infinite:
+                self._report_non_finite(float(loss), batch, waves)
+            if scaled and unsound:  # on some rank, perhaps in its pieces of the head alone: every rank skips the step
+                next(p.grad for p in parameters if p.grad is not None).fill_(torch.inf)
+            self.scaler.unscale_(self.optimizer)
+            limit = self.config.optim.clip_norm
+            if limit:
+                clip_gradients(self.task.parameters(), shards, self.task.loss.squared_gradient(), limit)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.task.loss.clamp_()
+        self._count(total / self.me.world_size, correct / self.me.world_size)
+        return [count > 0 for count in asked]
+
+    def _sums(self, *own) -> list[float]:
+        """Numbers of this rank -> their sums over all ranks, in one exchange."""
+        told = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.me.device) for x in own])
+        return all_reduce_sum(told).tolist()
 
     def _count(self, loss: float, accuracy: float) -> None:
         self.step += 1

@@ -18,6 +18,7 @@ EVERYTHING = {
     "both": "0.4",
     "telephone": "0.2",
     "lowpass": "0.3",
+    "dither": "1",
     "gain_db": "[-18,6]",
     "spec_augment": "true",
     "spec_probability": "0.7",
@@ -37,7 +38,7 @@ def noisy(noise_and_rir, preset: str, **more: str) -> list[str]:
 
 
 def test_every_augmentation_is_the_same_on_1_and_2_ranks(options, noise_and_rir, tmp_path):
-    words = [*options, *noisy(noise_and_rir, "kaldi", **EVERYTHING), "--features.dither", "1"]
+    words = [*options, *noisy(noise_and_rir, "kaldi", **EVERYTHING)]
     one = losses(1, words, tmp_path / "1")
     assert one != losses(1, options, tmp_path / "clean")
     assert losses(2, words, tmp_path / "2") == pytest.approx(one, rel=1e-8)
@@ -48,7 +49,7 @@ def test_every_augmentation_is_the_same_on_1_and_2_ranks(options, noise_and_rir,
     ("loss", "preset"), list(zip(LOSSES, itertools.cycle(sorted(set(PRESETS) - {"none"}, reverse=True))))
 )
 def test_each_loss_with_every_augmentation_is_the_same_on_1_and_2_ranks(loss, preset, options, noise_and_rir, tmp_path):
-    words = [*options, *noisy(noise_and_rir, preset, **EVERYTHING, speed_labels="true"), "--features.dither", "1"]
+    words = [*options, *noisy(noise_and_rir, preset, **EVERYTHING, speed_labels="true")]
     words += ["--loss.name", loss, "--data.utterances_per_speaker", str(FEWEST[loss])]
     one = losses(1, words, tmp_path / "1")
     assert losses(2, words, tmp_path / "2") == pytest.approx(one, rel=1e-8)
