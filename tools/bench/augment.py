@@ -192,9 +192,10 @@ def report(folder: Path, chosen: argparse.Namespace, paths: list[str], noise: di
     ways = {
         f"{ours}, with features": lambda i: features(read(i)),
         f"{ours}, waves only": read,
+        "ours, the loader's half": lambda i: steps[i],
         "theirs, with features": lambda i: features(own(batches[i % 64])),
         "theirs, waves only": lambda i: own(batches[i % 64]),
-        "theirs as WeSpeaker draws, with features": lambda i: features(like(batches[i % 64])),
+        "theirs as WeSpeaker draws, features": lambda i: features(like(batches[i % 64])),
         f"a step of {chosen.model}": step_of(config, steps.samples),
     }
     seconds = measure(ways, chosen.seconds)
@@ -202,8 +203,12 @@ def report(folder: Path, chosen: argparse.Namespace, paths: list[str], noise: di
     print(f"batches of {BATCH} crops of {chosen.crop_seconds} s; process time, one thread, medians")
     for name, value in list(seconds.items())[:-1]:
         print(
-            f"augment  {name:<42}{BATCH / value:>8,.0f} crops/s/core   ours with features / this = {value / first:.2f}"
+            f"augment  {name:<38}{BATCH / value:>8,.0f} crops/s/core   ours with features / this = {value / first:.2f}"
         )
+    half, theirs = seconds["ours, the loader's half"], seconds["theirs, waves only"]
+    print(
+        f"augment  the loader's half, which is a CPU's share beside a GPU, / theirs, waves only = {theirs / half:.1f}"
+    )
     step, waves = seconds[f"a step of {chosen.model}"], seconds[f"{ours}, waves only"]
     print(f"augment  reading and mixing {1000 * waves:.0f} ms, a step of {chosen.model} {1000 * step:.0f} ms a batch")
     print(
