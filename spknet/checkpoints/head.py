@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from shards.format import atomic_write
-from spknet.checkpoints.file import CheckpointError, folder_of, read
+from spknet.checkpoints.file import CheckpointError, dump, folder_of, read
 from spknet.losses.sharded import Piece, Sharded
 from spknet.parallel.ranks import here
 from spknet.parallel.together import gather_objects, together
@@ -76,7 +76,7 @@ def _write_piece(folder: Path, head: Sharded, piece: Piece, optimizer: torch.opt
         "seen": piece.seen,
     }
     with atomic_write(folder / name) as file:
-        torch.save(content, file)
+        dump(content, file)
     return {"first": piece.first, "last": piece.last, "name": name, "bytes": os.stat(folder / name).st_size}
 
 
@@ -167,15 +167,15 @@ def load(loss, optimizer: torch.optim.Optimizer | None, source: list[Rows], clas
         inside = [(piece, old, (old >= 0) & (old < rows.last - rows.first)) for piece, old in wanted]
         inside = [(piece, np.flatnonzero(here), old[here]) for piece, old, here in inside if here.any()]
         content = rows.content() if inside else None
-        for piece, here, there in inside:
+        for piece, own, there in inside:
             _check(content, piece, per_class)
             for key, parameter in (("weight", piece.weight), ("bias", piece.bias)):
                 if parameter is not None:
                     each = per_class if key == "weight" else 1
-                    _fill(parameter, key, content, optimizer, (_rows(here, each), _rows(there, each)))
+                    _fill(parameter, key, content, optimizer, (_rows(own, each), _rows(there, each)))
             if optimizer is not None and piece.seen is not None and content.get("seen") is not None:
-                piece.seen[torch.from_numpy(here)] = content["seen"][there].to(piece.seen)
-            count += len(here)
+                piece.seen[torch.from_numpy(own)] = content["seen"][there].to(piece.seen)
+            count += len(own)
     return count
 
 

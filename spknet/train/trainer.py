@@ -24,6 +24,7 @@ from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints import head as pieces
 from spknet.checkpoints import voxceleb_trainer
 from spknet.checkpoints.heads import load_head_by_speaker
+from spknet.checkpoints.resume import check_resume
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches
 from spknet.data.corpus import Corpus
@@ -112,7 +113,7 @@ class Trainer:
         with together("reading the checkpoint"):
             if path is not None:
                 state = checkpoint.read(path)
-                checkpoint.check_resume(state, path, self.config, self.corpus.fingerprint())
+                check_resume(state, path, self.config, self.corpus.fingerprint())
                 self._load(state, path)
                 say(f"continuing {path} at step {self.step}")
             elif c.initial_model:

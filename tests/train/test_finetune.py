@@ -129,7 +129,7 @@ def test_fine_tuning_on_other_speakers_keeps_known_rows_and_watches_the_old_list
 
 
 def test_fine_tuning_goes_on_from_an_imported_checkpoint(speech, finished, tmp_path, capfd):
-    from spknet.checkpoints.file import load_network
+    from spknet.checkpoints.network import load_network
     from spknet.checkpoints.voxceleb_trainer import to_legacy
 
     network, _, _ = load_network(finished)
