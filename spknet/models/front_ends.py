@@ -65,7 +65,7 @@ def emphasize(waves: Tensor) -> Tensor:
 class FrontEnd(nn.Module):
     """waves (batch, samples) in [-1, 1] -> (batch, bands, frames). hop: samples between frames.
 
-    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks. A subclass says the window, the filters and
+    masks (batch, 2 K, 2): SpecAugment, see spknet.models.features.apply_masks. A subclass says the window, the filters and
     `energies`. Tables are made anew with the network, so they are in no checkpoint.
     """
 

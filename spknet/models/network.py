@@ -40,7 +40,7 @@ from spknet.models.pooling import POOLINGS, fewest_frames
 class Network(nn.Module):
     """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size).
 
-    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks. Raises ConfigError for a variant it does not have.
+    masks (batch, 2 K, 2): SpecAugment, see spknet.models.features.apply_masks. Raises ConfigError for a variant it does not have.
     """
 
     encoders: tuple[str, ...] = tuple(POOLINGS)

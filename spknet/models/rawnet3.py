@@ -137,7 +137,7 @@ class RawNet3(nn.Module):
 
     Encoders: ECA weighs each channel and frame, ASP each frame; both see the whole utterance's mean and deviation. The others are
     those of spknet.models.pooling.
-    masks (batch, 4, 2): SpecAugment on the learned filter bank.
+    masks (batch, 2 K, 2): SpecAugment on the learned filter bank.
     """
 
     encoders = ("ECA", "ASP", "TAP", "MAX", "TSTP", "TSDP", "ASTP", "ASTP-GLOB", "MQMHA")

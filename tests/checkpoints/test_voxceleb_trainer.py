@@ -98,6 +98,16 @@ def test_options_of_spknet_beside_the_flags_beat_them():
         legacy.translate(["--model", "ResNetSE34L", "--optim.lr"])
 
 
+def test_augment_draws_as_voxceleb_trainer_does(tmp_path):
+    for name in ("musan", "rir"):
+        (tmp_path / name / "index").mkdir(parents=True)
+        (tmp_path / name / "index" / "index.json").touch()
+    paths = f"--musan_path {tmp_path}/musan --rir_path {tmp_path}/rir"
+    done = legacy.translate(words(f"--model ResNetSE34L --trainfunc softmax --augment True {paths}"))
+    assert done.config.augment.preset == "voxceleb_trainer"
+    assert done.config.augment.noise_shards == f"{tmp_path}/musan"
+
+
 def test_a_yaml_file_beats_the_command_line_and_its_unknown_keys_are_said(tmp_path):
     path = tmp_path / "ResNetSE34L_AM.yaml"
     path.write_text(
