@@ -119,6 +119,7 @@ class EvalConfig:
     crop_seconds: float = 0.0  # length of an evaluation crop; 0: whole utterances
     crops: int = 1  # crops spread evenly over each utterance
     score: Literal["cosine", "mean_distance"] = "cosine"  # of mean embeddings, or the mean distance of all crop pairs
+    normalize_embeddings: Literal["auto", "always", "never"] = "auto"  # length 1 first; auto: not proto's mean_distance
     padding: Literal["repeat", "zeros"] = "repeat"  # of utterances shorter than crop_seconds; zeros: on both sides
     metrics: Literal["default", "voxceleb_trainer"] = "default"  # arithmetic of EER and minDCF
     scores: str | None = None  # a file that scores are also written to

@@ -1,7 +1,7 @@
 """Everything a run needs to continue, in one file of tensors and plain values.
 
     RUN/checkpoints/step-00001200.pt = {"format": "spknet checkpoint 1", "step", "epoch", "config", "model", "loss",
-        "optimizer", "scheduler", "scaler", "speakers", "labels", "data_fingerprint", "versions", "window", "best", "seconds"}
+        "optimizer", "scheduler", "scaler", "speakers", "dev_speakers", "labels", "data_fingerprint", "versions", "window", "best", "seconds"}
 
 Written to a temporary name, synced, renamed: a file under its final name is whole. `torch.load(weights_only=True)` reads it;
 the zip container's CRC of every tensor is checked first, since torch does not look at all of them.
@@ -191,7 +191,7 @@ def load_network(path: str | Path, device: str | torch.device = "cpu", model: Mo
         legacy.load_into(network, None, state, allow_partial=False)
     if config.train.precision == "float64":
         network = network.double()
-    wanted = ("step", "epoch", "speakers", "labels", "data_fingerprint")
+    wanted = ("step", "epoch", "speakers", "dev_speakers", "labels", "data_fingerprint")
     meta = {"path": str(path)} | {name: state[name] for name in wanted if name in state}
     return network.to(device).eval(), config, meta
 

@@ -25,6 +25,7 @@ from spknet.checkpoints import file as checkpoint
 from spknet.config import Config
 from spknet.data.batches import Corpus, loader
 from spknet.evaluate import evaluation as evaluate
+from spknet.evaluate.lists import on_first
 from spknet.losses import build_loss
 from spknet.models import build_model
 from spknet.parallel import ranks as distributed
@@ -50,7 +51,7 @@ class Trainer:
         self.config, self.me, self.run_dir = config, me, Path(config.run_dir)
         self.corpus = Corpus.open(config.data, config.train.seed)
         distributed.agree({"the training data": self.corpus.fingerprint()}, me)
-        evaluate.check(config)
+        self.lists = on_first(lambda: evaluate.check(config), share=False)  # once for all evaluations
         self.steps_per_epoch = self.corpus.sampler.steps
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
@@ -121,6 +122,7 @@ class Trainer:
             "scheduler": {"name": self.config.optim.schedule, "step": self.step},
             "scaler": self.scaler.state_dict(),
             "speakers": self.speakers(),
+            "dev_speakers": [name for name, out in zip(self.speakers(), self.corpus.kept_out) if out],
             "labels": self.corpus.utterances.labels.tolist(),
             "data_fingerprint": self.corpus.fingerprint(),
             "versions": run.versions(),
@@ -154,7 +156,7 @@ class Trainer:
         # Whole utterances differ in length, and each length would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
             result = evaluate.evaluate_network(
-                self.task.model, self.config, out_dir=folder, step=self.step, device=self.me.device
+                self.task.model, self.config, out_dir=folder, step=self.step, trials=self.lists
             )
         result = distributed.broadcast(result, self.me)
         if result.get("dev_eer") is not None and (self.best is None or result["dev_eer"] < self.best["dev_eer"]):
