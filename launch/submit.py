@@ -17,8 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from spknet.config import Config, ConfigError, parse
+from spknet.config import Config, ConfigError
 from spknet.errors import UserError
+from spknet.options import parse
 from spknet.train.run_folder import write_json
 
 SINFO_SECONDS = 30  # a client that cannot reach its controller tries for a minute or more

@@ -1,143 +1,338 @@
-"""Every option of a run, in one place: frozen dataclasses, read from a YAML recipe and the command line by jsonargparse.
+"""Every option of a run, in one place: name, type, default, meaning with its unit, and range.
 
-The command line beats the YAML file, the YAML file beats the defaults below. `parse(argv)` returns a `Config`;
-`python -m spknet.train --print_config` prints all of it. Units stand in the name or in the comment of the field.
+Values are checked by pydantic wherever they come from: a recipe, the command line, a checkpoint. spknet/options.py reads
+recipes and command lines, and prints the help.
+
+    config = from_dict({"optim": {"lr": 0.1}}); to_dict(config)["optim"]["lr"]
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import field
 from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from spknet.errors import UserError
 
-RECIPES = Path(__file__).parent / "recipes"
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+# encoder, embedding_size and n_mels of a network, where they are not given: what it was published with, by the beginning of
+# its name. Networks that stand in no row: SAP, 512, 40.
+PUBLISHED = {
+    "ResNetSE": ("SAP", 512, 40),
+    "ResNet": ("TSTP", 256, 80),
+    "Res2Net": ("TSTP", 256, 80),
+    "DF-ResNet": ("TSTP", 256, 80),
+    "SimAM-ResNet": ("ASP", 256, 80),
+    "ECAPA": ("ASTP-GLOB", 192, 80),
+    "CAM++": ("TSTP", 512, 80),
+    "ERes2NetV2": ("TSTP", 192, 80),
+    "ReDimNet-B0": ("ASTP-GLOB", 192, 60),
+    "ReDimNet": ("ASTP-GLOB", 192, 72),
+}
 
 
-@dataclass(frozen=True)
+def option(default: Any, about: str, **bounds: float):
+    """A field with its default, its meaning (unit included) and pydantic's bounds: ge, gt, le, lt."""
+    if isinstance(default, list):
+        return Field(default_factory=lambda: list(default), description=about, **bounds)
+    return Field(default, description=about, **bounds)
+
+
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    train_shards: str | list[str] | None = None  # packed data set (folder made by shards.pack), or several
-    train_list: str | None = None  # loose files instead: lines `speaker path`
-    train_root: str | None = None  # folder that the paths in train_list start from
-    speakers_per_batch: int = 40  # N: distinct speakers of one global batch, over all ranks
-    utterances_per_speaker: int = 2  # M: crops of each speaker in a batch
-    crop_seconds: float = 2.0  # length of a training crop
-    max_utterances_per_speaker: int = 500  # utterances of a speaker used in one epoch
-    epoch: Literal["utterances", "balanced"] = "utterances"  # an epoch covers utterances once, or speakers equally
-    workers: int = 2  # loader processes of each rank; 0 loads in the training process
-    cache_dir: str | None = None  # node-local folder that tars are copied to before they are read
-    cache_gib: float = 0.0  # size limit of cache_dir in GiB; 0 for none
-    dev_speakers: int | str = 0  # speakers kept out of training: how many, or a file with one name a line
-    unite_speakers: bool = False  # equal names in several data sets are one speaker
+    """Where the training data lie, and what a batch is."""
+
+    train_shards: str | list[str] | None = option(None, "packed data set (folder made by shards.pack), or several")
+    train_list: str | None = option(None, "loose files instead: lines `speaker path`")
+    train_root: str | None = option(None, "folder that the paths in train_list start from")
+    sample_rate: int | None = option(
+        None,
+        "Hz of the training data, and from then on of the network; null: of packed data theirs, of loose files 16000",
+        ge=2000,
+        le=192000,
+    )
+    speakers_per_batch: int = option(40, "N, distinct speakers of one global batch, over all ranks together", ge=2)
+    utterances_per_speaker: int = option(2, "M, crops of each speaker in a batch", ge=1)
+    crop_seconds: float = option(2.0, "length of a training crop, seconds", gt=0, le=3600)
+    max_utterances_per_speaker: int = option(500, "utterances of a speaker used in one epoch", ge=1)
+    epoch: Literal["utterances", "balanced"] = option(
+        "utterances", "an epoch covers utterances once, or speakers equally"
+    )
+    workers: int = option(2, "loader processes of each rank; 0 loads in the training process", ge=0, le=1024)
+    cache_dir: str | None = option(None, "node-local folder that tars are copied to before they are read")
+    cache_gib: float = option(0.0, "size limit of cache_dir in GiB; 0 for none", ge=0)
+    dev_speakers: int | str = option(0, "speakers kept out of training: how many, or a file with one name a line")
+    unite_speakers: bool = option(False, "equal names in several data sets are one speaker")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class AugmentConfig:
-    noise_shards: str | None = None  # noise, music and babble, packed with the category as the speaker
-    rir_shards: str | None = None  # room impulse responses, packed the same way
-    probability: float = 0.6  # probability that an utterance gets noise or reverberation, where such shards are given
-    speed: list[float] = field(default_factory=list)  # playing speeds drawn from, e.g. [0.9, 1.0, 1.1]; empty for none
-    spec_augment: bool = False  # mask 2 frequency bands and 2 time spans of each crop's features
+    """Noise, rooms, channels and speed, drawn for each crop. Options left at null take the preset's values."""
+
+    noise_shards: str | None = option(None, "noise, music and speech, packed with the category as the speaker")
+    rir_shards: str | None = option(None, "room impulse responses, packed the same way")
+    preset: Literal["none", "kaldi", "wespeaker", "redimnet2", "voxceleb_trainer"] = option(
+        "none", "whose values null takes (spknet/data/presets.py); none: one of the kinds in the shards, equally likely"
+    )
+    probability: float | None = option(
+        None, "probability that an utterance gets noise or reverberation (none: 0.6)", ge=0, le=1
+    )
+    reverb: float | None = option(None, "share of these with reverberation alone", ge=0, le=1)
+    both: float | None = option(None, "share of these with reverberation and noise on top", ge=0, le=1)
+    noise: float | None = option(None, "weight of noise among what is added", ge=0)
+    music: float | None = option(None, "weight of music", ge=0)
+    talker: float | None = option(None, "weight of one talker", ge=0)
+    babble: float | None = option(None, "weight of several talkers", ge=0)
+    by_recording: bool | None = option(
+        None, "multiply the weights by the number of recordings: every file equally likely"
+    )
+    noise_snr: list[float] | None = option(
+        None, "dB, [lowest, highest] of a range, or more than two values to choose from"
+    )
+    music_snr: list[float] | None = option(None, "dB, the same for music")
+    talker_snr: list[float] | None = option(None, "dB, the same for one talker")
+    babble_snr: list[float] | None = option(None, "dB, the same for babble: of the sum, or of each talker")
+    talkers: list[int] | None = option(None, "recordings in a babble, [fewest, most]")
+    talkers_apart: bool | None = option(None, "each talker of a babble at an SNR of its own")
+    power_floor: float | None = option(
+        None, "added to the mean squares of speech and noise when the SNR is set (full scale 1)", ge=0
+    )
+    rir: Literal["aligned", "unit_energy"] | None = option(
+        None, "aligned: direct sound in place, level kept; unit_energy: energy 1, as it is"
+    )
+    level: Literal["kept", "power", "peak"] | None = option(
+        None, "of the augmented: as mixed, the power of before, or peak 1"
+    )
+    gain_db: list[float] | None = option(
+        None, "random gain of every utterance, dB, [lowest, highest]; never beyond full scale"
+    )
+    rir_seconds: float = option(1.0, "seconds of an impulse response that are used", gt=0)
+    lowpass: float = option(0.0, "probability of a low-pass filter", ge=0, le=1)
+    lowpass_hz: list[float] = option([2000.0, 7000.0], "its cut-off, Hz, [lowest, highest]")
+    telephone: float = option(0.0, "probability of a telephone band: 8 kHz, 300 to 3400 Hz, G.711", ge=0, le=1)
+    telephone_law: Literal["mu", "a", "both"] = option("both", "law of G.711; both: equally likely")
+    dither: float = option(0.0, "deviation of white noise on every crop, steps of 16-bit samples (WeSpeaker: 1)", ge=0)
+    speed: list[float] = option([], "playing speeds drawn from, e.g. [1.0, 0.9, 1.1]; empty for none")
+    speed_labels: bool = option(
+        False, "each speed is a speaker of its own: class = speaker + S * index in augment.speed"
+    )
+    spec_augment: bool = option(False, "mask frequency bands and time spans of each crop's features")
+    spec_probability: float = option(1.0, "probability that an utterance is masked", ge=0, le=1)
+    frequency_masks: int = option(2, "bands that are masked", ge=0)
+    frequency_width: float = option(0.2, "largest width of a band, as a fraction of the axis", ge=0, le=1)
+    time_masks: int = option(2, "spans that are masked", ge=0)
+    time_width: float = option(0.1, "largest width of a span, as a fraction of the crop", ge=0, le=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    name: str = "ResNetSE34L"  # a key of spknet.models.MODELS
-    encoder: str = "SAP"  # pooling over time: SAP, TAP, MAX, ASP, ECA
-    embedding_size: int = 512  # dimensions
-    n_mels: int = 40  # mel bands
-    log_input: bool = True  # logarithm of the mel energies
-    window: Literal["auto", "hamming", "hann"] = "auto"  # auto: as voxceleb_trainer's network of that name
-    input_scale: Literal["unit", "int16"] = "unit"  # what the network is given: [-1, 1] or -32768..32767
-    width: float = 1.0  # factor on the number of channels
-    sinc_stride: int = 10  # RawNet3: stride of the learned filter bank, samples
+    """The network."""
+
+    name: str = option("ResNetSE34L", "network; `spknet info` lists them")
+    encoder: str | None = option(None, "pooling over time, a key of spknet.models.pooling.POOLINGS; null: as published")
+    embedding_size: int | None = option(None, "dimensions of an embedding; null: as published", ge=1)
+    n_mels: int | None = option(None, "mel bands of the features; null: as published", ge=1, le=1024)
+    log_input: bool = option(True, "logarithm of the mel energies")
+    window: Literal["auto", "hamming", "hann"] = option(
+        "auto", "analysis window; auto: as voxceleb_trainer's network of that name"
+    )
+    input_scale: Literal["unit", "int16"] = option("unit", "what the network is given: [-1, 1] or -32768..32767")
+    width: float = option(1.0, "factor on the number of channels", gt=0)
+    sinc_stride: int = option(10, "RawNet3: stride of the learned filter bank, samples", ge=1)
+    variant: str = option(
+        "auto", "whose version of the network, e.g. wespeaker, 3dspeaker, speechbrain; auto: its first"
+    )
+    two_emb_layer: bool | None = option(None, "ResNet: a second layer after the first; null: as in the variant")
+    agg_gnorm: bool = option(
+        False, "ReDimNet2: group norms where maps are summed; its recipes have them since July 2026"
+    )
+
+    def __post_init__(self):
+        names = [name for name in PUBLISHED if self.name.startswith(name)]
+        published = PUBLISHED[names[0]] if names else ("SAP", 512, 40)
+        for name, value in zip(("encoder", "embedding_size", "n_mels"), published):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
+class FeaturesConfig:
+    """What the network sees of a wave."""
+
+    name: Literal["auto", "log_mel", "spectrum", "kaldi", "speechbrain", "tfmel", "redimnet"] = option(
+        "auto", "front end; auto: as the network was published"
+    )
+    window: Literal["auto", "hamming", "povey"] = option(
+        "auto", "kaldi: analysis window; auto: as the network's variant was published"
+    )
+    scale: Literal["auto", "unit", "int16"] = option(
+        "auto", "kaldi: samples in [-1, 1] or -32768..32767; auto: as published"
+    )
+    hop_ms: float | None = option(None, "step from frame to frame, ms; null: 10, of redimnet 15", gt=0)
+    remove_mean: bool = option(True, "each band minus its mean over the utterance")
+    normalize_wave: bool | None = option(
+        None, "each wave minus its mean, over its deviation; null: tfmel yes, redimnet no"
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
 class LossConfig:
-    name: str = "angleproto"  # a key of spknet.losses.LOSSES
-    margin: float = 0.2  # of amsoftmax, aamsoftmax, triplet, contrastive
-    scale: float = 30.0  # of amsoftmax, aamsoftmax
-    margin_warmup_steps: int = 0  # steps over which the margin grows linearly from 0
-    normalize_embeddings: bool = False  # length-normalise embeddings before ge2e, angleproto, proto
-    hard_rank: int = 10  # triplet, contrastive: negatives come from the hard_rank + 1 nearest; below 0: semi-hard
-    hard_prob: float = 0.5  # probability of such a hard negative; any other speaker otherwise
-    semi_hard_fallback: Literal["any", "skip"] = "any"  # where none is semi-hard: any other, or no triplet
-    cosine_floor: float | None = None  # ge2e: floor of cosines (voxceleb_trainer: 1e-6); a flaw, for comparison only
-    n_classes: int | None = None  # classes of a classification head; None: as many as the data has labels
+    """What is minimised."""
+
+    name: str = option("angleproto", "loss; docs/extending.md says how to add one")
+    margin: float = option(0.2, "margin of amsoftmax, aamsoftmax (radians), sphereface2, triplet, contrastive", ge=0)
+    scale: float = option(30.0, "scale of the cosines of amsoftmax, aamsoftmax, sphereface2", gt=0)
+    margin_warmup_steps: int = option(0, "steps over which the margin grows linearly from 0", ge=0)
+    margin_schedule: Literal["constant", "linear", "exponential"] = option(
+        "constant", "how the margin grows from margin_start_epoch to margin_end_epoch"
+    )
+    margin_start: float = option(0.0, "linear, exponential: margin before margin_start_epoch", ge=0)
+    margin_start_epoch: float = option(0.0, "epochs done when the margin begins to grow", ge=0)
+    margin_end_epoch: float = option(0.0, "epochs done when the margin has grown to loss.margin", ge=0)
+    beyond_pi: Literal["jump", "continuous"] = option(
+        "jump", "aamsoftmax where theta + m > pi: cos - m sin m, or cos - (1 - cos m)"
+    )
+    sub_centers: int = option(1, "amsoftmax, aamsoftmax: centres of a class, of which the nearest counts", ge=1)
+    top_k: int = option(0, "amsoftmax, aamsoftmax: hardest other classes that are penalised; 0 for none", ge=0)
+    top_k_margin: float = option(
+        0.06, "radians by which these come nearer at margin 0.2, else in proportion to the margin", ge=0
+    )
+    margin_type: Literal["C", "A"] = option("C", "sphereface2: margin on the curved cosine, or on the angle")
+    curve: float = option(3.0, "sphereface2: exponent t of the curved cosine 2 ((cos + 1) / 2)^t - 1", gt=0)
+    positive_weight: float = option(
+        0.7, "sphereface2: lambda, weight of the right class against all others", ge=0, le=1
+    )
+    temperature: float = option(0.1, "supcon: what cosines are divided by", gt=0)
+    normalize_embeddings: bool = option(False, "length-normalise embeddings before ge2e, angleproto, proto")
+    hard_rank: int = option(
+        10, "triplet, contrastive: negatives come from the hard_rank + 1 nearest; below 0: semi-hard"
+    )
+    hard_prob: float = option(0.5, "probability of such a hard negative; any other speaker otherwise", ge=0, le=1)
+    semi_hard_fallback: Literal["any", "skip"] = option("any", "where none is semi-hard: any other, or no triplet")
+    cosine_floor: float | None = option(
+        None, "ge2e: floor of cosines (voxceleb_trainer: 1e-6); a flaw, for comparison only"
+    )
+    n_classes: int | None = option(
+        None, "classes of a classification head; null: as many as the data have labels", ge=1
+    )
+    sharded: bool | Literal["auto"] = option("auto", "cut the head over the ranks; auto: from 2^24 weights on")
+    shards: int = option(64, "sharded: pieces of the head, whatever the number of ranks; a power of 2", ge=1, le=65536)
+    sample: float = option(1.0, "sharded: share of the other classes that a step compares with", gt=0, le=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class OptimConfig:
-    name: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: float = 0.001  # peak learning rate
-    weight_decay: float = 0.0
-    momentum: float = 0.9  # of sgd
-    schedule: Literal["constant", "step", "cosine"] = "step"  # shape over the steps of the run
-    lr_decay: float = 0.95  # step: factor
-    lr_decay_epochs: int = 10  # step: epochs between two factors
-    warmup_steps: int = 0  # steps of linear growth from 0
-    final_lr_fraction: float = 0.01  # cosine: lr at the last step, as a fraction of lr
-    clip_norm: float = 0.0  # largest norm of the gradient; 0 for no limit
+    """How it is minimised."""
+
+    name: Literal["adam", "adamw", "sgd"] = option("adam", "optimizer")
+    lr: float = option(0.001, "peak learning rate", gt=0)
+    weight_decay: float = option(0.0, "weight decay", ge=0)
+    head_weight_decay: float | None = option(None, "weight decay of the loss's parameters; null: weight_decay", ge=0)
+    momentum: float = option(0.9, "momentum of sgd", ge=0, lt=1)
+    nesterov: bool = option(False, "sgd with Nesterov's momentum")
+    lr_batch: int = option(
+        0, "utterances of the global batch that lr is meant for: the rate is lr * N * M / lr_batch; 0: lr", ge=0
+    )
+    schedule: Literal["constant", "step", "cosine", "exponential", "warmup_cosine"] = option(
+        "step", "shape over the steps of the run"
+    )
+    lr_decay: float = option(0.95, "step: factor", gt=0, le=1)
+    lr_decay_epochs: int = option(10, "step: epochs between two factors", ge=1)
+    warmup_steps: int = option(0, "steps of linear growth from 0", ge=0)
+    warmup_epochs: float = option(0.0, "the same in epochs, where warmup_steps is 0", ge=0)
+    warm_from_zero: bool = option(True, "exponential: warm up from 0, or from the rate of lr_batch utterances")
+    final_lr_fraction: float = option(0.01, "cosine, exponential: lr at the end, as a fraction of lr", ge=0, le=1)
+    clip_norm: float = option(0.0, "largest norm of the gradient; 0 for no limit", ge=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    epochs: int = 100
-    max_steps: int | None = None  # stop after this many steps, whatever the epoch
-    precision: Literal["float32", "bf16", "fp16", "float64"] = "float32"
-    compile: bool = False  # torch.compile the network
-    channels_last: bool = False  # memory layout of convolutions
-    sync_batchnorm: bool = True  # BatchNorm statistics of the global batch
-    deterministic: bool = False  # deterministic kernels on the GPU; the CPU is bit-exact without
-    seed: int = 0
-    chunk: int = 0  # utterances a rank embeds at a time (GradCache, exact gradient); 0: all at once
-    save_every_steps: int = 0  # 0: by time only
-    save_every_minutes: float = 15.0
-    keep_checkpoints: int = 3  # newest checkpoints kept; the best one is kept besides
-    resume: str = "auto"  # auto, never, or the path of a checkpoint
-    resume_override: bool = False  # continue although options that shape the result have changed
-    initial_model: str | None = None  # weights to start from: a checkpoint of spknet or voxceleb_trainer
-    allow_partial: bool = False  # start although initial_model lacks weights or has others
-    timeout_seconds: float = 600.0  # no step of some rank, saving included, for so long: name it and stop
-    profile: bool = False  # write a torch.profiler trace of steps 10 to 15 to RUN/profile
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 0  # CPU threads of a rank; 0: cores divided by the ranks on this machine
+    """How long, how exactly and on what the run goes."""
+
+    epochs: int = option(100, "passes over the training data", ge=1)
+    max_steps: int | None = option(None, "stop after this many steps, whatever the epoch", ge=1)
+    precision: Literal["float32", "bf16", "fp16", "float64"] = option("float32", "arithmetic of the step")
+    compile: bool = option(False, "torch.compile the network")
+    channels_last: bool = option(False, "channels last in memory: faster convolutions in half precision")
+    sync_batchnorm: bool = option(True, "BatchNorm statistics of the global batch")
+    deterministic: bool = option(False, "deterministic kernels on the GPU; a CPU needs none")
+    seed: int = option(0, "seed of weights, batches, crops and augmentation", ge=0, lt=2**32)
+    average_epochs: int = option(
+        0, "also keep the mean of the weights at the ends of the last so many epochs; 0: none", ge=0
+    )
+    ema: float = option(
+        0.0, "also keep the exponential moving average of the weights, with this decay a step; 0: none", ge=0, lt=1
+    )
+    chunk: int = option(0, "utterances a rank embeds at a time (GradCache, exact gradient); 0: all at once", ge=0)
+    save_every_steps: int = option(0, "steps between two checkpoints; 0: by time only", ge=0)
+    save_every_minutes: float = option(15.0, "minutes between two checkpoints", gt=0)
+    keep_checkpoints: int = option(3, "newest checkpoints kept, the best one besides; 0: all", ge=0)
+    resume: str = option("auto", "auto, never, or the path of a checkpoint")
+    resume_override: bool = option(False, "continue although options that shape the result have changed")
+    initial_model: str | None = option(None, "weights to start from: a checkpoint of spknet or voxceleb_trainer")
+    allow_partial: bool = option(False, "start although initial_model lacks weights or has others")
+    timeout_seconds: float = option(
+        600.0, "seconds without a step of some rank, saving included, until it is named and the run stops", gt=0
+    )
+    profile: bool = option(False, "write one torch.profiler trace of 5 steps to RUN/profile")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where the network runs")
+    threads: int = option(0, "CPU threads of a rank; 0: an equal share of the cores", ge=0, le=1024)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class EvalConfig:
-    trials: str | list[str] | None = None  # test lists, reported but never chosen by
-    dev_trials: str | None = None  # development list: chooses the best checkpoint
-    shards: str | list[str] | None = None  # packed data sets that hold the trials' utterances, keys as in the lists
-    root: str | list[str] | None = None  # folders that the paths in the lists start from
-    every_epochs: float = 10.0  # epochs between evaluations; the last step is always evaluated; 0: at the end only
-    crop_seconds: float = 0.0  # length of an evaluation crop; 0: whole utterances
-    crops: int = 1  # crops spread evenly over each utterance
-    score: Literal["cosine", "mean_distance"] = "cosine"  # of mean embeddings, or the mean distance of all crop pairs
-    normalize_embeddings: Literal["auto", "always", "never"] = "auto"  # length 1 first; auto: not proto's mean_distance
-    padding: Literal["repeat", "zeros"] = "repeat"  # of utterances shorter than crop_seconds; zeros: on both sides
-    metrics: Literal["default", "voxceleb_trainer"] = "default"  # arithmetic of EER and minDCF
-    scores: str | None = None  # a file that scores are also written to
-    batch_seconds: float = 60.0  # audio embedded in one forward pass
+    """What the network is tried on during the run, and how."""
+
+    trials: str | list[str] | None = option(None, "test lists: reported, never chosen by")
+    dev_trials: str | None = option(None, "development list: chooses the best checkpoint")
+    shards: str | list[str] | None = option(
+        None, "packed data sets that hold the trials' utterances, keys as in the lists"
+    )
+    root: str | list[str] | None = option(None, "folders that the paths in the lists start from")
+    every_epochs: float = option(
+        10.0, "epochs between evaluations; the last step is always evaluated; 0: at the end only", ge=0
+    )
+    crop_seconds: float = option(0.0, "length of an evaluation crop, seconds; 0: whole utterances", ge=0)
+    crops: int = option(1, "crops spread evenly over each utterance", ge=1)
+    score: Literal["cosine", "mean_distance"] = option(
+        "cosine", "cosine of mean embeddings, or mean distance of all pairs of crops"
+    )
+    normalize_embeddings: Literal["auto", "always", "never"] = option(
+        "auto", "give every crop's embedding length 1 before anything else; auto: all but mean_distance after proto"
+    )
+    padding: Literal["repeat", "zeros"] = option(
+        "repeat", "what fills utterances shorter than crop_seconds; zeros: on both sides"
+    )
+    metrics: Literal["default", "voxceleb_trainer"] = option("default", "arithmetic of EER and minDCF")
+    scores: str | None = option(None, "a file that scores are also written to")
+    weights: Literal["averaged", "trained"] = option(
+        "averaged", "averaged where the run averages (train.average_epochs, train.ema)"
+    )
+    batch_seconds: float = option(60.0, "seconds of audio embedded in one forward pass", gt=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LogConfig:
-    every_steps: int = 10
-    tensorboard: bool = True
+    """What is written down."""
+
+    every_steps: int = option(10, "steps between two lines of metrics.jsonl", ge=1)
+    tensorboard: bool = option(True, "write TensorBoard files, too")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config:
-    run_dir: str | None = None  # folder of the run; the same folder continues it
+    """Every option of a run."""
+
+    run_dir: str | None = option(None, "folder of the run; the same folder continues it")
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -149,45 +344,50 @@ class ConfigError(UserError):
     """An option that does not exist or does not fit; the message says what would."""
 
 
-def keys(cls: type = Config, prefix: str = "") -> list[str]:
+def groups(cls: type = Config) -> dict[str, type]:
+    """The groups of options: name -> dataclass."""
+    found = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+    return {name: kind for name, kind in found.items() if dataclasses.is_dataclass(kind)}
+
+
+def option_names() -> list[str]:
     """Every option as `group.key`, in the order of the dataclasses."""
-    names = []
-    for f in dataclasses.fields(cls):
-        group = f.default_factory if f.default_factory is not dataclasses.MISSING else None
-        if dataclasses.is_dataclass(group):
-            names += keys(group, f"{prefix}{f.name}.")
-        else:
-            names.append(prefix + f.name)
-    return names
+    inside = groups()
+    return [
+        f"{f.name}.{g.name}" if f.name in inside else f.name
+        for f in dataclasses.fields(Config)
+        for g in (dataclasses.fields(inside[f.name]) if f.name in inside else [f])
+    ]
 
 
 def nearest(name: str) -> str:
-    """`; did you mean X?` for an unknown option, or an empty string where nothing is near."""
-    known = keys()
-    by_last = {k.rsplit(".", 1)[-1]: k for k in known}
+    """`; did you mean X?` for an unknown option, or where all options are shown if nothing is near."""
+    known = option_names()
+    by_last = {key.rsplit(".", 1)[-1]: key for key in known}
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     last = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.7)
-    found = near or [by_last[k] for k in last]
-    return f"; did you mean {found[0]}?" if found else "; `spknet train --print_config` shows all options"
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a recipe: a path, or the name of an installed recipe. Raises ConfigError naming those there are."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    installed = RECIPES / (name.removesuffix(".yaml") + ".yaml")
-    if installed.is_file():
-        return installed
-    names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ConfigError(f"--config {name}: no such file and no such recipe; {hint}recipes: {', '.join(names)}")
+    match = near or [by_last[key] for key in last]
+    return f"; did you mean {match[0]}?" if match else "; `spknet train --help` shows all options"
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The Config of a nested dict (a checkpoint's `config`, a YAML file already read); types are checked."""
-    return _build(Config, _parser().parse_object(_known(values)))
+    """The Config of a nested dict (a recipe, a checkpoint's `config`). Raises ConfigError naming every option that is wrong."""
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(dict.fromkeys(map(_sentence, error.errors())))) from None
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    place = [str(part) for part in problem["loc"]]
+    inside = groups()
+    name = ".".join(place[: 2 if place[0] in inside else 1])
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"unknown option {name}{nearest(name)}"
+    expected = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    if problem["type"].startswith("dataclass"):
+        expected = "a mapping of options"
+    return f"{name}: {problem['input']!r} given, expected {expected}"
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -195,80 +395,9 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def parse(argv: list[str]) -> Config:
-    """Config from command-line words. Raises ConfigError; `--help` and `--print_config` print and leave."""
-    argv = [_checked_word(word) for word in _resolved_recipes(argv)]
-    return _build(Config, _parser().parse_args(argv))
-
-
-def _parser():
-    import jsonargparse
-
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message, *args, **kwargs):
-            raise ConfigError(_readable(message))
-
-    parser = Parser(prog="python -m spknet.train", description=__doc__, env_prefix="SPKNET", default_env=False)
-    parser.add_argument("--config", action="config", help="a recipe's name or a YAML file")
-    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
-    return parser
-
-
-def _build(cls: type, values: Any) -> Any:
-    arguments = {}
-    for f in dataclasses.fields(cls):
-        value = values[f.name]
-        group = f.default_factory if f.default_factory is not dataclasses.MISSING else None
-        arguments[f.name] = _build(group, value) if dataclasses.is_dataclass(group) else value
-    return cls(**arguments)
-
-
-def _known(values: dict[str, Any], cls: type = Config, prefix: str = "") -> dict[str, Any]:
-    known = {f.name: f for f in dataclasses.fields(cls)}
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as one dict of `group.key`."""
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"unknown option {prefix}{name}{nearest(prefix + name)}")
-        group = known[name].default_factory
-        if dataclasses.is_dataclass(group) and isinstance(value, dict):
-            _known(value, group, f"{prefix}{name}.")
-    return values
-
-
-def _resolved_recipes(argv: list[str]) -> list[str]:
-    import yaml
-
-    words = list(argv)
-    for i, word in enumerate(words):
-        name = word.split("=", 1)[1] if word.startswith("--config=") else None
-        if word == "--config" and i + 1 < len(words):
-            path = recipe_path(words[i + 1])
-            words[i + 1] = str(path)
-        elif name is not None:
-            path = recipe_path(name)
-            words[i] = f"--config={path}"
-        else:
-            continue
-        values = yaml.safe_load(path.read_text()) or {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a mapping of groups to options, found {type(values).__name__}")
-        _known(values)
-    return words
-
-
-def _checked_word(word: str) -> str:
-    match = re.match(r"--([A-Za-z_][\w.]*)", word)
-    special = {"config", "print_config", "help"}
-    groups = {f.name for f in dataclasses.fields(Config)}
-    if match and match[1] not in special and match[1] not in groups and match[1] not in keys():
-        raise ConfigError(f"unknown option --{match[1]}{nearest(match[1])}")
-    return word
-
-
-def _readable(message: str) -> str:
-    unknown = re.search(
-        r"Key '([\w.]+)' (?:is not expected|not found)|unrecognized arguments?: --([\w.]+)", message, re.I
-    )
-    if unknown:
-        name = unknown[1] or unknown[2]
-        return f"unknown option {name}{nearest(name)}"
-    return message
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from spknet import config
+from spknet.options import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "shards/FORMAT.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,12 +20,12 @@ def test_modules_files_recipes_and_options_that_a_page_names_exist(page):
         assert importlib.util.find_spec(module), f"{page.name}: python -m {module}"
     for link in set(re.findall(r"\]\((?!http)([^)#]+)\)", text)):
         assert (page.parent / link).exists(), f"{page.name}: link to {link}"
-    known = set(config.keys())
+    known = set(config.option_names())
     groups = "|".join(k.split(".")[0] for k in known if "." in k)
     for option in set(re.findall(rf"--((?:{groups})\.[a-z_]\w*)", text)):
         assert option in known, f"{page.name}: --{option}"
     for recipe in set(re.findall(r"--config ([a-z]\w+)(?![\w./])", text)):
-        assert (config.RECIPES / f"{recipe}.yaml").exists(), f"{page.name}: --config {recipe}"
+        assert (RECIPES / f"{recipe}.yaml").exists(), f"{page.name}: --config {recipe}"
 
 
 def test_the_design_page_names_every_file_of_a_run():

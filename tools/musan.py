@@ -3,6 +3,9 @@
     SHARDS/musan   noise, music, speech         key  noise/free-sound/noise-free-sound-0000
     SHARDS/rirs    rir                          key  rir/smallroom/Room001/Room001-00001
 
+With --test-share 0.2 a fifth of the recordings (of MUSAN: files; of the impulse responses: rooms) goes into SHARDS/musan_test
+and SHARDS/rirs_test instead, chosen by their names alone: noise for tests that no training has heard.
+
 Recordings stay whole: crops are read in place, so nothing is cut into pieces first. Snyder et al. 2015 (arXiv 1510.08484), openslr.org/17;
 Ko et al. 2017, openslr.org/28: the simulated small and medium rooms, as voxceleb_trainer uses them (--rooms for others).
 
@@ -19,10 +22,12 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from shards.format import ShardError, atomic_write, remove_leftovers
 from shards.pack import pack
+from spknet import rng
 from tools.voxceleb.download import Access, DownloadError, fetch_all
 from tools.voxceleb.extract import ArchiveError, check_members, name_problem
 from tools.voxceleb.files import read_checksums
@@ -51,12 +56,21 @@ def wanted(options: argparse.Namespace) -> list[str]:
     return [sets[name] for name in options.sets.split(",")]
 
 
-def _out(name: str, options: argparse.Namespace) -> Path:
-    return options.shards / ("musan" if name == MUSAN else "rirs")
+def _outs(name: str, options: argparse.Namespace) -> list[Path]:
+    """Where its shards go: for training, and for tests where these are wanted."""
+    stem = "musan" if name == MUSAN else "rirs"
+    return [options.shards / (stem + part) for part in (["", "_test"] if options.test_share else [""])]
 
 
 def _packed(name: str, options: argparse.Namespace) -> bool:
-    return (_out(name, options) / "index" / "index.json").exists()
+    return all((out / "index" / "index.json").exists() for out in _outs(name, options))
+
+
+def for_test(key: str, share: float) -> bool:
+    """Whether a recording is one of the test's: decided by the name of its file, or of its room, the same everywhere."""
+    parts = key.split("/")
+    recording = "/".join(parts[:3]) if parts[0] == "rir" else key
+    return float(rng.uniform(0, 0, "test noise " + recording, np.zeros(1))[0]) < share
 
 
 def unpack_gzip(archive: Path) -> Path:
@@ -112,29 +126,38 @@ def rir_entries(archive: Path, rooms: list[str]) -> Iterator[tuple[str, str, str
 
 def pack_all(options: argparse.Namespace) -> None:
     for name in wanted(options):
-        out, archive = _out(name, options), options.save_path / name
+        archive = options.save_path / name
         if _packed(name, options):
-            print(f"{out} is there already")
+            print(f"{' and '.join(map(str, _outs(name, options)))}: there already")
             continue
         if not archive.exists():
             raise ArchiveError(f"{archive} is not there: run `download` first, or put it there")
         if name == RIRS:
-            _pack(archive, rir_entries(archive, options.rooms.split(",")), out, options)
+            _pack(archive, rir_entries(archive, options.rooms.split(",")), _outs(name, options), options)
             continue
         tar = unpack_gzip(archive)
         try:
-            _pack(archive, musan_entries(tar), out, options)
+            _pack(archive, musan_entries(tar), _outs(name, options), options)
         finally:
             tar.unlink()
 
 
-def _pack(archive: Path, entries: Iterator[tuple[str, str, str]], out: Path, options: argparse.Namespace) -> None:
+def _pack(
+    archive: Path, entries: Iterator[tuple[str, str, str]], outs: list[Path], options: argparse.Namespace
+) -> None:
     items = list(entries)
     if not items:
         raise ArchiveError(
             f"{archive}: no recordings in it that are wanted; is it the archive of that name (see --rooms)?"
         )
-    pack(items, out, workers=options.workers, convert=options.convert)
+    kept_out = [for_test(key, options.test_share) for _, key, _ in items]
+    for part, out in enumerate(outs):
+        chosen = [item for item, test in zip(items, kept_out) if test == bool(part)]
+        if not chosen:
+            raise ArchiveError(
+                f"{archive}: --test-share {options.test_share} leaves nothing for {out}; choose another share"
+            )
+        pack(chosen, out, workers=options.workers, convert=options.convert)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -146,6 +169,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--shards", type=Path, help="folder of the shards (SAVE_PATH/shards)")
     p.add_argument("--sets", default="musan,rirs")
     p.add_argument("--rooms", default="smallroom,mediumroom", help="of smallroom,mediumroom,largeroom")
+    p.add_argument(
+        "--test-share", type=float, default=0.0, help="share of the recordings kept apart for tests, 0 to 1 (0)"
+    )
     p.add_argument("--base-url", help="another host of both archives (openslr.org)")
     p.add_argument("--checksums", type=Path, help="file of `md5  name` lines for another edition of the archives")
     p.add_argument("--timeout", type=float, default=60.0, help="seconds without a byte")
@@ -161,6 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = set(options.sets.split(",")) - {"musan", "rirs"}
     if unknown:
         parser().error(f"--sets {','.join(sorted(unknown))}: expected musan, rirs or both")
+    if not 0 <= options.test_share < 1:
+        parser().error(f"--test-share {options.test_share}: expected 0 (no test noise) to 1")
     try:
         options.checksums = read_checksums(options.checksums) if options.checksums else {}
         if options.step in ("download", "all"):

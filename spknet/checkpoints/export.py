@@ -16,6 +16,7 @@ import torch
 
 from shards.format import atomic_write
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints.averages import CHOICES, with_averages
 from spknet.checkpoints.file import CheckpointError
 from spknet.checkpoints.voxceleb_trainer import to_legacy
 from spknet.config import Config, ConfigError
@@ -32,13 +33,18 @@ THEIR_ENCODERS = {
 }
 
 
-def voxceleb_trainer(path: str | Path) -> tuple[dict[str, torch.Tensor], Config]:
+def voxceleb_trainer(path: str | Path, weights: str | None = None) -> tuple[dict[str, torch.Tensor], Config]:
     """The state dict for voxceleb_trainer of a run folder or a checkpoint, and its configuration.
 
+    weights: "averaged" or "trained"; None: as the run evaluates.
     Raises CheckpointError, or ConfigError where voxceleb_trainer has no such network.
     """
-    model, config, meta = checkpoint.load_network(path)
+    model, config, meta = checkpoint.load_network(path, weights=weights)
     chosen = config.model
+    if model.sample_rate != 16000:
+        raise ConfigError(f"{path} is of a network for {model.sample_rate} Hz; voxceleb_trainer takes 16000 Hz only")
+    if config.features.name != "auto":
+        raise ConfigError(f"features.name {config.features.name}: voxceleb_trainer has no such front end")
     if chosen.width != 1:
         raise ConfigError(f"model.width {chosen.width}: voxceleb_trainer's networks have a width of 1 only")
     if chosen.encoder not in THEIR_ENCODERS[chosen.name]:
@@ -46,11 +52,11 @@ def voxceleb_trainer(path: str | Path) -> tuple[dict[str, torch.Tensor], Config]
         raise ConfigError(f"model.encoder {chosen.encoder}: voxceleb_trainer's {chosen.name} takes {fits}")
     state = checkpoint.read(meta["path"])
     loss = None
-    if state.get("format") == checkpoint.FORMAT:
-        weights = state["loss"]
-        rows = [value.shape[0] for name, value in weights.items() if name.endswith("weight")]
+    if state.get("format") == checkpoint.FORMAT and "head" not in state:  # a head in pieces is too large to go along
+        head = with_averages(state, weights or config.eval.weights)["loss"]
+        rows = [value.shape[0] for name, value in head.items() if name.endswith("weight")]
         loss = build_loss(config.loss, chosen.embedding_size, max(rows, default=1), config.data.utterances_per_speaker)
-        loss.load_state_dict(weights)
+        loss.load_state_dict(head)
     return to_legacy(model, loss), config
 
 
@@ -60,9 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
     parser.add_argument("--to", required=True, choices=["voxceleb_trainer"])
     parser.add_argument("--out", required=True, help="file to write")
+    parser.add_argument("--weights", choices=CHOICES, help="of a run that averages (default: averaged)")
     chosen = parser.parse_args(argv)
     try:
-        state, config = voxceleb_trainer(chosen.checkpoint)
+        state, config = voxceleb_trainer(chosen.checkpoint, chosen.weights)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

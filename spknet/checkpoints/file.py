@@ -1,7 +1,8 @@
 """Everything a run needs to continue, in one file of tensors and plain values.
 
-    RUN/checkpoints/step-00001200.pt = {"format": "spknet checkpoint 1", "step", "epoch", "config", "model", "loss",
-        "optimizer", "scheduler", "scaler", "speakers", "dev_speakers", "labels", "data_fingerprint", "versions", "window", "best", "seconds"}
+    RUN/checkpoints/step-00001200.pt = {"format": "spknet checkpoint 1", "step", "epoch", "config", "sample_rate", "model", "loss",
+        "averaging", "optimizer", "scheduler", "scaler", "speakers", "labels", "data_fingerprint", "versions", "window", "best", "seconds",
+        "head": the index of a head in pieces (spknet.checkpoints.head), whose rows lie beside it in a folder}
 
 Written to a temporary name, synced, renamed: a file under its final name is whole. `torch.load(weights_only=True)` reads it;
 the zip container's CRC of every tensor is checked first, since torch does not look at all of them.
@@ -19,9 +20,10 @@ from typing import Any
 
 import torch
 
-from shards.format import atomic_write
+from shards.format import atomic_write, remove_leftovers
 from spknet import config as configuration
-from spknet.config import Config, ModelConfig
+from spknet.checkpoints.averages import with_averages
+from spknet.config import Config, ModelConfig, flatten
 from spknet.errors import UserError
 
 FORMAT = "spknet checkpoint 1"
@@ -29,13 +31,18 @@ FORMAT = "spknet checkpoint 1"
 # Options that may differ when a run continues: they change where, how fast and how long it runs, not its numbers.
 MAY_CHANGE = re.compile(
     r"run_dir|data\.(train_shards|train_list|train_root|workers|cache_dir|cache_gib)|augment\.(noise|rir)_shards"
-    r"|train\.(epochs|max_steps|save_\w+|keep_checkpoints|resume\w*|initial_model|allow_partial|timeout_seconds|profile|threads)"
+    r"|loss\.sharded|train\.(epochs|max_steps|save_\w+|keep_checkpoints|resume\w*|initial_model|allow_partial|timeout_seconds|profile|threads)"
     r"|(eval|log)\..*"
 )
 
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written, read or continued from; the message says what to do."""
+
+
+def folder_of(path: str | Path) -> Path:
+    """Where the rows of a head in pieces lie that belongs to a checkpoint file (spknet.checkpoints.head)."""
+    return Path(path).with_suffix("")
 
 
 def path_of(run_dir: str | Path, step: int) -> Path:
@@ -61,7 +68,17 @@ def save(run_dir: str | Path, state: dict[str, Any], keep: int, best_step: int |
     for old in _steps(run_dir)[keep:] if keep > 0 else []:
         if old not in (state["step"], best_step):
             path_of(run_dir, old).unlink(missing_ok=True)
+    remove_orphans(run_dir)
     return path
+
+
+def remove_orphans(run_dir: str | Path) -> None:
+    """Deletes rows of heads whose checkpoint file is gone, or was never written by a run that was killed."""
+    for folder in (p for p in (Path(run_dir) / "checkpoints").glob("step-*") if p.is_dir()):
+        if folder.with_suffix(".pt").exists():
+            remove_leftovers(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _steps(run_dir: str | Path) -> list[int]:
@@ -93,16 +110,28 @@ def read(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}; use an earlier checkpoint") from error
 
 
-def newest(run_dir: str | Path, warn) -> tuple[Path, dict[str, Any]] | None:
+def _check_head(path: Path, state: dict[str, Any]) -> None:
+    for entry in state.get("head", {}).get("files", []):
+        rows = folder_of(path) / entry["name"]
+        size = rows.stat().st_size if rows.is_file() else 0
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path}: {rows} has {size} bytes, expected {entry['bytes']}: it is cut or missing")
+
+
+def newest(run_dir: str | Path, warn, head: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of a run, or None where it has none.
 
-    warn: called with a message for each damaged one passed over. Raises CheckpointError where all are damaged.
+    warn: called with a message for each damaged one passed over; head: the rows of a head in pieces must be there too.
+    Raises CheckpointError where all are damaged.
     """
     steps = _steps(run_dir)
     for step in steps:
         path = path_of(run_dir, step)
         try:
-            return path, read(path)
+            state = read(path)
+            if head:
+                _check_head(path, state)
+            return path, state
         except CheckpointError as error:
             warn(f"{error} (using the one before it)")
     if steps:
@@ -122,12 +151,15 @@ def changed_options(old: dict[str, Any], new: Config) -> list[str]:
     ]
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as one dict of `group.key`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def _changed_data(old: str, new: str) -> list[str]:
+    """What differs between two fingerprints of `Corpus.fingerprint`: audio, settings of the batches, noise."""
+    before, after = (old + "--").split("-")[:3], (new + "--").split("-")[:3]
+    changed = []
+    if before[:2] != after[:2]:
+        changed.append("the training data (or N, M, the cap or the seed of the batches)")
+    if before[2] != after[2]:
+        changed.append("the noise data or impulse responses of augment.noise_shards and augment.rir_shards")
+    return changed
 
 
 def check_resume(state: dict[str, Any], path: Path, config: Config, fingerprint: str) -> None:
@@ -135,8 +167,7 @@ def check_resume(state: dict[str, Any], path: Path, config: Config, fingerprint:
     if config.train.resume_override:
         return
     changed = changed_options(state["config"], config)
-    if state["data_fingerprint"] != fingerprint:
-        changed.append("the training data (or N, M, the cap or the seed of the batches)")
+    changed += _changed_data(state["data_fingerprint"], fingerprint)
     if changed:
         raise CheckpointError(
             f"{path} was made with other settings: {'; '.join(changed)}. Undo that, give another --run_dir, or continue"
@@ -165,10 +196,16 @@ def load_head_by_speaker(loss, state: dict[str, Any], speakers: list[str], label
     return merged
 
 
-def load_network(path: str | Path, device: str | torch.device = "cpu", model: ModelConfig | None = None):
+def load_network(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    model: ModelConfig | None = None,
+    weights: str | None = None,
+):
     """(network in eval mode, Config, meta) of a run folder (its best checkpoint, else its newest), a checkpoint file of
     spknet, or one of voxceleb_trainer.
 
+    weights: "averaged" (where the checkpoint has averages) or "trained"; None: the checkpoint's option eval.weights.
     model: the network's options, for voxceleb_trainer's files, which do not hold them; None: guessed from the weights. meta: path, step,
     epoch, speakers, labels, data_fingerprint, as far as the file has them. Raises CheckpointError.
     """
@@ -181,26 +218,32 @@ def load_network(path: str | Path, device: str | torch.device = "cpu", model: Mo
         state = read(path)
     if isinstance(state, dict) and state.get("format") == FORMAT:
         config = configuration.from_dict(state["config"])
-        network = build_model(config.model)
-        network.load_state_dict(state["model"])
+        network = build_model(config.model, sample_rate(state), config.features)
+        if config.train.precision == "float64":
+            network = network.double()
+        network.load_state_dict(with_averages(state, weights or config.eval.weights)["model"])
     else:
         from spknet.train import voxceleb_trainer as legacy
 
         config = Config(model=model or legacy.guess_model(state))
         network = build_model(config.model)
         legacy.load_into(network, None, state, allow_partial=False)
-    if config.train.precision == "float64":
-        network = network.double()
-    wanted = ("step", "epoch", "speakers", "dev_speakers", "labels", "data_fingerprint")
+    wanted = ("step", "epoch", "sample_rate", "speakers", "dev_speakers", "labels", "data_fingerprint")
     meta = {"path": str(path)} | {name: state[name] for name in wanted if name in state}
     return network.to(device).eval(), config, meta
+
+
+def sample_rate(state: dict[str, Any]) -> int:
+    """Hz that the network of one of our checkpoints is given. Old ones do not say; their 25 ms window tells."""
+    window = state["model"].get("features.window")
+    return state.get("sample_rate") or (16000 if window is None else 40 * len(window))
 
 
 def _of_run(run_dir: Path) -> tuple[Path, dict[str, Any]]:
     steps = _steps(run_dir)
     if not steps:
         raise CheckpointError(f"{run_dir} holds no checkpoints/step-*.pt; give a run folder or a checkpoint file")
-    found = newest(run_dir, warn=print)
+    found = newest(run_dir, warn=print, head=False)
     best = (found[1].get("best") or {}).get("step")
     if best in steps and best != found[1]["step"]:
         path = path_of(run_dir, best)

@@ -21,8 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints import head
 from spknet.checkpoints.file import CheckpointError
 from spknet.config import ModelConfig
+from spknet.losses.classification import Classifier
+from spknet.losses.sharded import Sharded
 from spknet.models import MODELS
 
 HEAD = [
@@ -188,6 +191,12 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
     start = f"starting from the weights of {path}"
     if state.get("format") != checkpoint.FORMAT:
         return [start, *load_into(task.model, task.loss, state, allow_partial)]
+    rate, ours = checkpoint.sample_rate(state), task.model.sample_rate
+    if rate != ours and not allow_partial:
+        raise CheckpointError(
+            f"{path} is of a network for {rate} Hz, the training data have {ours} Hz; give another checkpoint, or"
+            " --train.allow_partial true to start from its weights nonetheless"
+        )
     own, theirs = task.model.state_dict(), state["model"]
     fitting = {key: value for key, value in theirs.items() if key in own and value.shape == own[key].shape}
     misfit = Misfit(
@@ -197,7 +206,10 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
     )
     notes = _load(task.model, fitting, misfit, "network", allow_partial)
     speakers = [str(name) for name in corpus.utterances.speakers]
-    task.loss.load_state_dict(checkpoint.load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels))
+    if isinstance(task.loss, Sharded) or ("head" in state and isinstance(task.loss, Classifier)):
+        head.initialize(task.loss, path, state, speakers, corpus.utterances.labels)
+    else:
+        task.loss.load_state_dict(checkpoint.load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels))
     return [start, *notes]
 
 
@@ -225,7 +237,7 @@ def guess_model(state: dict) -> ModelConfig:
         name=name,
         encoder=_guess_encoder(name, keys, last.shape[1]),
         embedding_size=last.shape[0],
-        n_mels=filters.shape[1] if filters is not None else ModelConfig.n_mels,
+        n_mels=filters.shape[1] if filters is not None else ModelConfig().n_mels,
         input_scale="int16" if old else "unit",
     )
 

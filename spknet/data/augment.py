@@ -1,123 +1,257 @@
-"""Noise, music, babble, reverberation, speed and SpecAugment, drawn by slot, mixed on the device.
+"""Noise, music, babble, reverberation, speed, channel and SpecAugment, drawn by slot, mixed on the device.
 
-The loader's half (`Augmenter.read`) decides by slot and reads int16 crops of noise and impulse responses; the device's half
-(`mix`) scales, convolves by FFT and adds. Per utterance, with `augment.probability`, one of what the given shards offer
-(categories of Snyder et al. 2018, "X-vectors", section 3.3):
+The loader's half is here: `Augmenter.draw` decides by slot (spknet/data/presets.py says what there is), `read` gets the int16
+crops of noise and impulse responses. The device's half is `mix` (spknet/data/mixing.py). Without a preset an utterance gets, with
+`augment.probability`, one of what the given shards offer (Snyder et al. 2018, "X-vectors", section 3.3):
 
     noise   one recording, 0 to 15 dB        speech  3 to 7 recordings summed ("babble"), 13 to 20 dB
     music   one recording, 5 to 15 dB        rir     convolution with one impulse response, level kept
 
-Speed: the crop is read longer and resampled (kaldi's speed perturbation; the label stays). SpecAugment (Park et al. 2019):
-two bands of at most 1/5 of the mel axis, two spans of at most 1/10 of the time axis.
+Speed: the crop is read longer and resampled (kaldi's speed perturbation); the label stays, or each speed is a speaker of
+its own (`augment.speed_labels`). SpecAugment (Park et al. 2019): by default two bands of at most 1/5 of the mel axis and
+two spans of at most 1/10 of the time axis, each utterance its own.
 
-    waves = mix(batch.crops, batch.augment, samples=32000, dtype=torch.float32)  # (n, samples) in [-1, 1]
+    drawn = Augmenter(config.augment, seed=0, samples=32000, sample_rate=16000).read(epoch, slots)
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 
-from shards.reader import open_shards
+from shards.reader import Utterances, open_shards
 from spknet import rng
 from spknet.config import AugmentConfig, ConfigError
+from spknet.data import dither
+from spknet.data.mixing import Mixing, mix
+from spknet.data.presets import CATEGORY, Composition, composition, kinds
 
-SNR_DB = {"noise": (0.0, 15.0), "music": (5.0, 15.0), "speech": (13.0, 20.0)}
-BABBLE = (3, 7)  # recordings summed
-RIR_SECONDS = 1.0  # of an impulse response used
-MASKS = ((2, 0.2), (2, 0.1))  # (number, largest fraction) of frequency bands, of time spans
+__all__ = ["SNR_DB", "Augmenter", "classes_per_speaker", "mix", "noise_fingerprint"]
+
+CATEGORIES = {"noise", "music", "speech"}
+SNR_DB = {"noise": (0.0, 15.0), "music": (5.0, 15.0), "speech": (13.0, 20.0)}  # without a preset
+
+
+@dataclass
+class Draws:
+    """What was decided for a set of slots; n slots, places are positions among them."""
+
+    kind: np.ndarray  # (n,) index of Augmenter.kinds, -1 for none
+    noise_of: list[np.ndarray] = field(default_factory=list)  # a layer each: places,
+    noise_rows: list[np.ndarray] = field(default_factory=list)  # rows of the noise shards,
+    noise_starts: list[np.ndarray] = field(default_factory=list)  # first samples,
+    noise_snr: list[np.ndarray] = field(default_factory=list)  # and dB
+    rir_of: np.ndarray | None = None  # places
+    rir_rows: np.ndarray | None = None
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)  # what goes to the device as it is
 
 
 class Augmenter:
     """Reads what augmentation needs for a set of slots.
 
     samples: length of a training crop; read_samples: what to read so that the fastest speed still fills it.
-    Raises ConfigError for categories or speeds that cannot be used.
+    Raises ConfigError for categories, speeds or other options that cannot be used.
     """
 
     def __init__(self, config: AugmentConfig, seed: int, samples: int, sample_rate: int):
-        self.config, self.seed, self.samples = config, seed, samples
-        if any(not 0.5 <= speed <= 2 or round(speed * 100, 6) % 1 for speed in config.speed):
-            raise ConfigError(f"augment.speed={config.speed}: speeds lie between 0.5 and 2, in steps of 0.01")
-        if not 0 <= config.probability <= 1:
-            raise ConfigError(f"augment.probability={config.probability} must lie between 0 and 1")
+        self.config, self.seed, self.samples, self.rate = config, seed, samples, sample_rate
+        self.composition = composition(config)
         self.read_samples = int(np.ceil(samples * max([1.0, *config.speed])))
-        self.noise = _open(config.noise_shards, sample_rate, set(SNR_DB), "augment.noise_shards")
+        self.noise = _open(config.noise_shards, sample_rate, CATEGORIES, "augment.noise_shards")
         self.rir = _open(config.rir_shards, sample_rate, {"rir"}, "augment.rir_shards")
-        self.rir_samples = int(RIR_SECONDS * sample_rate)
-        kinds = list(self.noise.speakers) if self.noise is not None else []
-        self.kinds = kinds + (["rir"] if self.rir is not None else [])
+        self.rir_samples = int(config.rir_seconds * sample_rate)
+        self.kinds: list[tuple[str | None, bool]] = []  # (source, reverberated)
+        if config.preset != "none" or self.noise is not None or self.rir is not None:
+            recordings = None
+            if self.noise is not None:
+                recordings = dict(zip(self.noise.speakers, np.diff(self.noise.speaker_rows.astype(np.int64)).tolist()))
+            self.kinds, chances = kinds(self.composition, config.preset, recordings, self.rir is not None)
+            self.thresholds = np.cumsum(chances)[:-1]
 
-    def read(self, epoch: int, slots: np.ndarray) -> dict[str, torch.Tensor | np.ndarray]:
+    def read(self, epoch: int, slots: np.ndarray, speed_slots: np.ndarray | None = None) -> dict:
         """Everything `mix` and the network need; empty without augmentation.
 
-        speed (n,) percent; masks (n, 4, 2); noise (k, samples) int16 with noise_of (k,) places in the batch and
-        noise_snr (k,) dB; rir (j, rir_samples) int16 with rir_of (j,).
+        speed_slots: (n,), what the speed is drawn by (the slots): equal ones get the same speed. Returns speed (n,) percent
+        and speed_of_P (places at P percent); masks (n, 2 K, 2); noise (k, samples) int16 with noise_of (k,) places in the
+        batch and noise_snr (k,) dB; rir (j, rir_samples) int16 with rir_of (j,); augmented (n,) bool; gain_db (n,);
+        lowpass_of, lowpass_hz; telephone_of, telephone_law; dither (n,), keys; mixing.
         """
-        out: dict[str, np.ndarray] = {}
-        if self.config.speed:
-            choice = rng.uniform(self.seed, epoch, "speed", slots) * len(self.config.speed)
-            out["speed"] = np.round(np.array(self.config.speed) * 100)[choice.astype(int)].astype(np.int64)
-        if self.config.spec_augment:
-            out["masks"] = self._masks(epoch, slots)
+        drawn = self.draw(epoch, slots, speed_slots)
+        out: dict = dict(drawn.tensors)
+        c, layers = self.composition, ()
+        if drawn.noise_of:
+            noise = self._noise(drawn)
+            out |= {"noise": torch.from_numpy(noise), "noise_of": np.concatenate(drawn.noise_of[: self.n_layers])}
+            out["noise_snr"] = np.concatenate(drawn.noise_snr[: self.n_layers])
+            layers = tuple(len(places) for places in drawn.noise_of) if c.talkers_apart else ()
+        if drawn.rir_of is not None:
+            # What is large travels as a tensor (see spknet.data.batches.Batch).
+            out |= {"rir": torch.from_numpy(self._responses(drawn.rir_rows)), "rir_of": drawn.rir_of}
+        mixing = Mixing(self.rate, layers, c.rir, c.level, c.power_floor, self.config.dither)
+        if mixing != Mixing() and out:
+            out["mixing"] = mixing
+        return out
+
+    @property
+    def n_layers(self) -> int | None:
+        """Layers of noise that the device adds; those of a babble are otherwise summed here, as one recording."""
+        return None if self.composition.talkers_apart else 1
+
+    def draw(self, epoch: int, slots: np.ndarray, speed_slots: np.ndarray | None = None) -> Draws:
+        """Every decision for these slots, nothing read yet."""
+        c, drawn = self.config, Draws(np.full(len(slots), -1))
+
+        def uniform(tag: str, items: np.ndarray = slots) -> np.ndarray:
+            return rng.uniform(self.seed, epoch, tag, items)
+
+        if c.speed:
+            drawn.tensors |= self._speeds(uniform("speed", slots if speed_slots is None else speed_slots))
+        if c.spec_augment:
+            drawn.tensors["masks"] = self._masks(uniform)
         if self.kinds:
-            does = rng.uniform(self.seed, epoch, "augment", slots) < self.config.probability
-            kind = (rng.uniform(self.seed, epoch, "kind", slots) * len(self.kinds)).astype(int)
-            kind = np.where(does, kind, -1)
+            does = uniform("augment") < self.composition.probability
+            drawn.kind = np.where(does, np.searchsorted(self.thresholds, uniform("kind"), side="right"), -1)
             if self.noise is not None:
-                out |= self._noise(epoch, slots, kind)
+                self._draw_noise(drawn, uniform, slots)
             if self.rir is not None:
-                out |= self._rir(epoch, slots, kind == len(self.kinds) - 1)
-        # What is large travels as a tensor (see spknet.data.batches.Batch).
-        return out | {name: torch.from_numpy(out[name]) for name in ("noise", "rir") if name in out}
+                wet = np.array([wet for _, wet in self.kinds] + [False])  # the last: kind -1
+                drawn.rir_of = np.flatnonzero(wet[drawn.kind])
+                drawn.rir_rows, _ = self._rows(self.rir, uniform, "rir", slots[drawn.rir_of], 0)
+            if self.composition.level != "kept":
+                drawn.tensors["augmented"] = drawn.kind >= 0
+        self._draw_channel(drawn.tensors, uniform)
+        if c.dither:
+            drawn.tensors["dither"] = dither.keys(self.seed, epoch, slots)
+        return drawn
 
-    def _masks(self, epoch: int, slots: np.ndarray) -> np.ndarray:
-        spans = []
-        for axis, (number, largest) in enumerate(MASKS):
-            for i in range(number):
-                width = largest * rng.uniform(self.seed, epoch, f"mask {axis} {i} width", slots)
-                start = (1 - width) * rng.uniform(self.seed, epoch, f"mask {axis} {i} start", slots)
+    def _speeds(self, draws: np.ndarray) -> dict[str, np.ndarray]:
+        percent = np.round(np.array(self.config.speed) * 100).astype(np.int64)
+        chosen = percent[(draws * len(percent)).astype(int)]
+        groups = {f"speed_of_{p}": np.flatnonzero(chosen == p) for p in dict.fromkeys(percent.tolist()) if p != 100}
+        return {"speed": chosen} | groups
+
+    def speed_index(self, epoch: int, slots: np.ndarray) -> np.ndarray:
+        """(n,) which of augment.speed each slot gets, when speeds are drawn by these slots; zeros without speeds."""
+        draws = rng.uniform(self.seed, epoch, "speed", slots)
+        return (draws * max(1, len(self.config.speed))).astype(np.int64)
+
+    def _masks(self, uniform) -> np.ndarray:
+        """(n, 2 K, 2): K bands, then K spans, as fractions [start, end); where one axis has fewer, empty ones fill up."""
+        c, spans = self.config, []
+        most = max(c.frequency_masks, c.time_masks)
+        masked = uniform("masked") < c.spec_probability
+        for axis, (number, largest) in enumerate(
+            ((c.frequency_masks, c.frequency_width), (c.time_masks, c.time_width))
+        ):
+            for i in range(most):
+                width = np.where(masked, largest, 0) * uniform(f"mask {axis} {i} width") * (i < number)
+                start = (1 - width) * uniform(f"mask {axis} {i} start")
                 spans.append(np.stack([start, start + width], axis=-1))
-        return np.stack(spans, axis=1)
+        return np.stack(spans, axis=1) if spans else np.zeros((len(masked), 0, 2))
 
-    def _noise(self, epoch: int, slots: np.ndarray, kind: np.ndarray) -> dict[str, np.ndarray]:
-        places = np.flatnonzero((kind >= 0) & (kind < len(self.noise.speakers)))
-        names = np.array(list(self.noise.speakers))[kind[places]]
-        low, high = np.array([SNR_DB[name] for name in names]).reshape(-1, 2).T
-        snr = low + (high - low) * rng.uniform(self.seed, epoch, "snr", slots[places])
-        layers = BABBLE[0] + rng.uniform(self.seed, epoch, "babble", slots[places]) * (BABBLE[1] - BABBLE[0] + 1)
-        layers = np.where(names == "speech", layers.astype(int), 1)
-        total = np.zeros((len(places), self.samples), dtype=np.int32)
-        for layer in range(int(layers.max(initial=0))):
-            these = np.flatnonzero(layers > layer)
-            total[these] += self._crops(
-                self.noise, epoch, f"noise {layer}", slots[places[these]], kind[places[these]], self.samples
-            )
+    def _draw_noise(self, drawn: Draws, uniform, slots: np.ndarray) -> None:
+        c, categories = self.composition, list(self.noise.speakers)
+        names = np.array([source or "" for source, _ in self.kinds] + [""])[drawn.kind]
+        places = np.flatnonzero(names != "")
+        names = names[places]
+        category = np.array([categories.index(CATEGORY[name]) for name in names], dtype=int)
+        count = c.talkers[0] + uniform("babble", slots[places]) * (c.talkers[1] - c.talkers[0] + 1)
+        count = np.where(names == "babble", count.astype(int), 1)
+        for layer in range(max(1, int(count.max(initial=0)))):
+            these = np.flatnonzero(count > layer)
+            rows, starts = self._rows(self.noise, uniform, f"noise {layer}", slots[places[these]], category[these])
+            draws = uniform("snr" if layer == 0 else f"snr {layer}", slots[places[these]])
+            drawn.noise_of.append(places[these])
+            drawn.noise_rows.append(rows)
+            drawn.noise_starts.append(starts)
+            drawn.noise_snr.append(_snr(c, names[these], draws))
+
+    def _draw_channel(self, tensors: dict[str, np.ndarray], uniform) -> None:
+        c, gain = self.config, self.composition.gain_db
+        if gain:
+            tensors["gain_db"] = gain[0] + (gain[1] - gain[0]) * uniform("gain")
+        if c.lowpass:
+            these = np.flatnonzero(uniform("lowpass") < c.lowpass)
+            low, high = c.lowpass_hz
+            tensors["lowpass_of"] = these
+            tensors["lowpass_hz"] = np.minimum(low + (high - low) * uniform("lowpass hz")[these], self.rate / 2)
+        if c.telephone:
+            these = np.flatnonzero(uniform("telephone") < c.telephone)
+            either = (uniform("telephone law")[these] * 2).astype(np.int64)
+            tensors["telephone_of"] = these
+            tensors["telephone_law"] = {"mu": 0 * either, "a": 0 * either + 1, "both": either}[c.telephone_law]
+
+    def _rows(
+        self, source: Utterances, uniform, tag: str, slots: np.ndarray, category
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A recording of its category and a first sample for each slot."""
+        first = source.speaker_rows[category].astype(np.int64)
+        count = source.speaker_rows[np.add(category, 1)].astype(np.int64) - first
+        rows = first + (uniform(tag + " row", slots) * count).astype(np.int64)
+        length = source.samples[rows].astype(np.int64)
+        starts = (uniform(tag + " start", slots) * np.maximum(length - self.samples + 1, 1)).astype(np.int64)
+        return rows, starts
+
+    def _noise(self, drawn: Draws) -> np.ndarray:
+        crops = [_read(self.noise, *at, self.samples) for at in zip(drawn.noise_rows, drawn.noise_starts)]
+        if self.n_layers is None:
+            return np.concatenate(crops)
+        total = crops[0].astype(np.int32)
+        for places, crop in zip(drawn.noise_of[1:], crops[1:]):
+            total[np.searchsorted(drawn.noise_of[0], places)] += crop
         # Only the ratio to the speech matters: halve until it fits 16 bits.
         excess = np.abs(total).max(axis=1, initial=0) // 32768
         total >>= np.ceil(np.log2(excess + 1)).astype(np.int32)[:, None]
-        return {"noise": total.astype(np.int16), "noise_of": places, "noise_snr": snr}
+        return total.astype(np.int16)
 
-    def _rir(self, epoch: int, slots: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]:
-        places = np.flatnonzero(chosen)
-        category = np.zeros(len(places), dtype=int)
-        crops = self._crops(self.rir, epoch, "rir", slots[places], category, self.rir_samples, whole=True)
-        return {"rir": crops, "rir_of": places}
-
-    def _crops(self, source, epoch, tag, slots, category, samples, whole=False) -> np.ndarray:
-        first = source.speaker_rows[category].astype(np.int64)
-        count = source.speaker_rows[category + 1].astype(np.int64) - first
-        rows = first + (rng.uniform(self.seed, epoch, tag + " row", slots) * count).astype(np.int64)
-        length = source.samples[rows].astype(np.int64)
-        starts = (rng.uniform(self.seed, epoch, tag + " start", slots) * np.maximum(length - samples + 1, 1)).astype(
-            np.int64
-        )
-        starts = np.zeros_like(starts) if whole else starts
-        crops = np.empty((len(rows), samples), dtype=np.int16)
-        source.read_batch(rows, starts, crops)
-        if whole:  # an impulse response is not repeated: silence after its end
-            crops[np.arange(samples) >= length[:, None]] = 0
+    def _responses(self, rows: np.ndarray) -> np.ndarray:
+        crops = _read(self.rir, rows, np.zeros_like(rows), self.rir_samples)
+        # An impulse response is not repeated: silence after its end.
+        crops[np.arange(self.rir_samples) >= self.rir.samples[rows].astype(np.int64)[:, None]] = 0
         return crops
+
+    def describe(self, epoch: int, slots: np.ndarray, speed_slots: np.ndarray | None = None) -> list[str]:
+        """What was drawn for each slot, in words: `reverberation rir/room1; music/a at 7.3 dB; gain -4.0 dB`."""
+        drawn = self.draw(epoch, slots, speed_slots)
+        said: list[list[str]] = [[] for _ in slots]
+        t = drawn.tensors
+        for place, percent in enumerate(t.get("speed", [])):
+            said[place].append(f"speed {percent / 100:g}")
+        for place, row in zip(*([] if drawn.rir_of is None else [drawn.rir_of, drawn.rir_rows]), strict=True):
+            said[place].append(f"reverberation {self.rir.key(row)}")
+        for layer, (places, rows, snr) in enumerate(zip(drawn.noise_of, drawn.noise_rows, drawn.noise_snr)):
+            for place, row, decibel in zip(places, rows, snr):
+                at = f" at {decibel:.1f} dB" if layer == 0 or self.n_layers is None else " with it"
+                said[place].append(self.noise.key(row) + at)
+        for name, text in (("gain_db", "gain {:.1f} dB"),):
+            for place, value in enumerate(t.get(name, [])):
+                said[place].append(text.format(value))
+        for place, value in zip(t.get("lowpass_of", []), t.get("lowpass_hz", [])):
+            said[place].append(f"low-pass {value:.0f} Hz")
+        for place, value in zip(t.get("telephone_of", []), t.get("telephone_law", [])):
+            said[place].append(f"telephone, {('mu', 'A')[value]}-law")
+        for place, spans in enumerate(t.get("masks", [])):
+            said[place].append(f"{int((spans[:, 1] > spans[:, 0]).sum())} masks")
+        return ["; ".join(words) or "as it is" for words in said]
+
+
+def _snr(c: Composition, names: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    out = np.empty(len(names))
+    for name in np.unique(names):
+        values, these = np.array(getattr(c, f"{name}_snr")), names == name
+        if len(values) == 2:
+            out[these] = values[0] + (values[1] - values[0]) * draws[these]
+        else:
+            out[these] = values[(draws[these] * len(values)).astype(int)]
+    return out
+
+
+def _read(source: Utterances, rows: np.ndarray, starts: np.ndarray, samples: int) -> np.ndarray:
+    crops = np.empty((len(rows), samples), dtype=np.int16)
+    source.read_batch(rows, starts, crops)
+    return crops
 
 
 def _open(path: str | None, sample_rate: int, categories: set[str], option: str):
@@ -136,41 +270,12 @@ def _open(path: str | None, sample_rate: int, categories: set[str], option: str)
     return source
 
 
-def mix(crops: torch.Tensor, augment: dict[str, torch.Tensor], samples: int, dtype: torch.dtype) -> torch.Tensor:
-    """Augmented waves in [-1, 1], (n, samples), of int16 crops (n, >= samples) and the tensors of `Augmenter.read`."""
-    waves = crops.to(dtype) / 32768
-    if "speed" in augment:
-        waves = _change_speed(waves, augment["speed"], samples)
-    waves = waves[:, :samples]
-    if "rir" in augment and len(augment["rir"]):
-        waves = waves.index_copy(0, augment["rir_of"], _reverberate(waves[augment["rir_of"]], augment["rir"].to(dtype)))
-    if "noise" in augment and len(augment["noise"]):
-        speech, noise = waves[augment["noise_of"]], augment["noise"].to(dtype) / 32768
-        ratio = _power(speech) / _power(noise).clamp_min(1e-10) / 10 ** (augment["noise_snr"].to(dtype)[:, None] / 10)
-        waves = waves.index_copy(0, augment["noise_of"], speech + noise * ratio.sqrt())
-    return waves
+def classes_per_speaker(config: AugmentConfig) -> int:
+    """How many classes of a classification head each speaker has: one for each speed with `speed_labels`."""
+    return len(config.speed) if config.speed_labels and config.speed else 1
 
 
-def _power(waves: torch.Tensor) -> torch.Tensor:
-    return waves.square().mean(dim=1, keepdim=True)
-
-
-def _reverberate(waves: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
-    # The direct sound (the largest value) stays where the speech was, and the level is kept.
-    n = waves.shape[1] + responses.shape[1]
-    direct = responses.abs().argmax(dim=1)
-    wet = torch.fft.irfft(torch.fft.rfft(waves, n) * torch.fft.rfft(responses, n), n)
-    places = direct[:, None] + torch.arange(waves.shape[1], device=waves.device)
-    wet = wet.gather(1, places)
-    return wet * (_power(waves) / _power(wet).clamp_min(1e-10)).sqrt()
-
-
-def _change_speed(waves: torch.Tensor, percent: torch.Tensor, samples: int) -> torch.Tensor:
-    import torchaudio
-
-    out = waves[:, :samples].clone()
-    for speed in percent.unique().tolist():
-        if speed != 100:
-            these = (percent == speed).nonzero().squeeze(1)
-            out[these] = torchaudio.functional.resample(waves[these], speed, 100)[:, :samples]
-    return out
+def noise_fingerprint(config: AugmentConfig) -> str:
+    """Digest of the noise and the impulse responses, whatever folder they lie in; empty without them."""
+    paths = [path for path in (config.noise_shards, config.rir_shards) if path is not None]
+    return ".".join(open_shards(path).fingerprint for path in paths)

@@ -4,12 +4,16 @@ An item of the loader is one step's share of this rank: one int16 array (n, samp
 and impulse-response crops that belong to them; there is nothing to collate. What is read is a function of the global step
 alone, so that prefetching, workers and ranks change nothing and a run continues at any step without replaying data.
 
-    corpus = Corpus.open(config.data, config.train.seed)
-    for batch in loader(config, corpus, me, first_step=1200, last_step=5000): ...  # batch.crops: (n, samples) int16
+    with Batches(config, corpus, me, first_step=1200, last_step=5000) as batches:
+        for batch in batches: ...  # batch.crops: (n, samples) int16
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import multiprocessing
+import shutil
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,102 +21,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shards.reader import Utterances, open_files, open_shards
 from spknet import rng
-from spknet.config import Config, ConfigError, DataConfig
+from spknet.config import Config, ConfigError
 from spknet.data.augment import Augmenter
-from spknet.data.sampler import Sampler
+from spknet.data.corpus import Corpus
+from spknet.data.mixing import Mixing
+from spknet.errors import UserError
 from spknet.parallel.ranks import Ranks
 
-SAMPLE_RATE = 16000  # Hz, where no data set says otherwise
 PREFETCH = 4  # batches a worker is ahead
-
-
-def dev_speakers(speakers: list[str], wanted: int | str) -> np.ndarray:
-    """(S,) bool: the speakers kept out of training.
-
-    wanted: how many (those whose names hash lowest, so that adding speakers hardly changes the choice), or a file with
-    one name a line. Raises ConfigError for a name that the data lack, or where none would be left.
-    """
-    kept_out = np.zeros(len(speakers), dtype=bool)
-    if isinstance(wanted, int):
-        if not 0 <= wanted < len(speakers):
-            raise ConfigError(f"data.dev_speakers={wanted}, but the data have {len(speakers)} speakers; keep out fewer")
-        hashes = [int(rng.bits(0, 0, "dev " + name, np.zeros(1))[0]) for name in speakers]
-        kept_out[np.argsort(hashes)[:wanted]] = True
-        return kept_out
-    place = {name: i for i, name in enumerate(speakers)}
-    for number, line in enumerate(Path(wanted).read_text().splitlines(), 1):
-        name = line.strip()
-        if not name:
-            continue
-        if name not in place:
-            raise ConfigError(f"{wanted}, line {number}: speaker {name!r} is not in the training data")
-        kept_out[place[name]] = True
-    return kept_out
-
-
-@dataclass
-class Corpus:
-    """The training data of a run: utterances, the sampler over them, the class of each speaker."""
-
-    utterances: Utterances
-    sampler: Sampler
-    kept_out: np.ndarray  # (S,) bool, development speakers
-    cap: int
-
-    @classmethod
-    def open(cls, data: DataConfig, seed: int) -> Corpus:
-        """Opens packed data sets, or loose files. Raises ConfigError, ShardError or SamplerError."""
-        if bool(data.train_shards) == bool(data.train_list):
-            raise ConfigError(
-                "give the training data as --data.train_shards FOLDER (packed by shards.pack), or as --data.train_list FILE"
-                " --data.train_root FOLDER; one of the two"
-            )
-        if data.train_shards:
-            utterances = open_shards(
-                data.train_shards,
-                cache_dir=data.cache_dir,
-                cache_gib=data.cache_gib,
-                unite_speakers=data.unite_speakers,
-            )
-        else:
-            if not data.train_root:
-                raise ConfigError("--data.train_list wants --data.train_root, the folder its paths start from")
-            utterances = open_files(data.train_list, data.train_root, SAMPLE_RATE)
-        kept_out = dev_speakers(list(utterances.speakers), data.dev_speakers)
-        sampler = Sampler(
-            utterances.speaker_rows,
-            speakers_per_batch=data.speakers_per_batch,
-            utterances_per_speaker=data.utterances_per_speaker,
-            cap=data.max_utterances_per_speaker,
-            seed=seed,
-            balanced=data.epoch == "balanced",
-            excluded=kept_out,
-        )
-        return cls(utterances, sampler, kept_out, data.max_utterances_per_speaker)
-
-    @property
-    def n_classes(self) -> int:
-        """Classes of a classification head: labels are append-only, so one more than the largest."""
-        return int(self.utterances.labels.max()) + 1
-
-    def fingerprint(self) -> str:
-        """Digest of the audio's index and of the sampler's settings, whatever folder the data lie in."""
-        return f"{self.utterances.fingerprint}-{self.sampler.fingerprint()}"
-
-    def warnings(self) -> list[str]:
-        """What a user should know about how the data fit the batches."""
-        said = []
-        s = self.sampler
-        if s.too_short:
-            said.append(f"{s.too_short} speakers have fewer than {s.n_utterances} utterances and are left out")
-        if s.lost_fraction > 0.05:
-            said.append(
-                f"{100 * s.lost_fraction:.0f} % of the utterances are not used in an epoch, because a speaker can stand only"
-                f" once in each of its {s.steps} batches; a smaller data.speakers_per_batch or data.epoch=balanced uses more"
-            )
-        return said
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent ends
 
 
 @dataclass
@@ -128,17 +46,18 @@ class Batch:
     rows: np.ndarray  # (n,) int64, rows of the data set
     slots: np.ndarray  # (n,) int64, positions in the epoch
     draws: np.ndarray  # (n / M, 2) float64 in [0, 1), the loss's randomness
-    augment: dict[str, torch.Tensor | np.ndarray]  # see spknet.data.augment
+    augment: dict[str, torch.Tensor | np.ndarray | Mixing]  # see spknet.data.augment
 
     def pin_memory(self) -> Batch:
         large = {name: v.pin_memory() for name, v in self.augment.items() if isinstance(v, torch.Tensor)}
         return replace(self, crops=self.crops.pin_memory(), augment=self.augment | large)
 
-    def to(self, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    def to(self, device: torch.device) -> tuple[torch.Tensor, dict, torch.Tensor, torch.Tensor]:
         """(crops, augment, labels, draws) on the device, copied without waiting where they are pinned."""
 
         def move(value):
-            return torch.as_tensor(value).to(device, non_blocking=True)
+            known = isinstance(value, (torch.Tensor, np.ndarray))
+            return torch.as_tensor(value).to(device, non_blocking=True) if known else value
 
         return move(self.crops), {k: move(v) for k, v in self.augment.items()}, move(self.labels), move(self.draws)
 
@@ -158,9 +77,16 @@ class Steps(torch.utils.data.Dataset):
         rate = corpus.utterances.sample_rate
         self.samples = round(config.data.crop_seconds * rate)
         self.augmenter = Augmenter(config.augment, config.train.seed, self.samples, rate)
+        self.workers = config.data.workers
         self.ring: list[torch.Tensor] = []  # a worker's own
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | UserError:
+        try:
+            return self._batch(step)
+        except UserError as error:
+            return error  # as a value: raised in a worker, its words would come wrapped in torch's own
+
+    def _batch(self, step: int) -> Batch:
         sampler, utterances = self.corpus.sampler, self.corpus.utterances
         epoch, step_in_epoch = divmod(step, sampler.steps)
         rows = sampler.batch(epoch, step_in_epoch)[self.columns].astype(np.int64)  # (speakers, M)
@@ -172,14 +98,20 @@ class Steps(torch.utils.data.Dataset):
         utterances.read_batch(flat, starts, crops.numpy())
         speakers = np.searchsorted(utterances.speaker_rows, rows[:, 0], side="right") - 1
         draws = np.stack([rng.uniform(self.seed, epoch, f"loss {i}", slots[:, 0]) for i in range(2)], axis=1)
+        labels, speed_slots = utterances.labels[speakers].astype(np.int64), None
+        if self.corpus.classes_per_speaker > 1:
+            # All utterances of a speaker in a batch at one speed: they are one class.
+            speed_slots = np.repeat(slots[:, :1], slots.shape[1], axis=1).reshape(-1)
+            labels = labels + self.corpus.n_labels * self.augmenter.speed_index(epoch, slots[:, 0])
+        augment = self.augmenter.read(epoch, slots.reshape(-1), speed_slots)
         return Batch(
             step=step,
             crops=crops,
-            labels=utterances.labels[speakers].astype(np.int64),
+            labels=labels,
             rows=flat,
             slots=slots.reshape(-1),
             draws=draws,
-            augment=self.augmenter.read(epoch, slots.reshape(-1)),
+            augment=augment,
         )
 
     def _buffer(self, step: int, shape: tuple[int, int]) -> torch.Tensor:
@@ -197,27 +129,92 @@ class Steps(torch.utils.data.Dataset):
         return self.ring[step // worker.num_workers % len(self.ring)]
 
 
-def _ignore_signals(_worker: int) -> None:
-    # A preemption signal to the whole tree is the trainer's business; a loader that dies of it would end the run.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+class LoaderLost(RuntimeError):
+    """A loader process was killed from outside (out of memory, an administrator): nothing is wrong with the run."""
 
 
-def loader(config: Config, corpus: Corpus, me: Ranks, first_step: int, last_step: int):
+class Batches:
     """Batches of the global steps [first_step, last_step) in order, across epochs without a pause between them.
 
-    With workers, a batch's crops are overwritten after the next two batches have been taken: use it, or copy it.
+    With workers, a batch's crops are overwritten after the next two batches have been taken: use it, or copy it. Leaving the
+    `with` block ends the workers, whatever happened: they ignore gentle signals, and torch would wait for them.
+
+        with Batches(config, corpus, me, 0, 100) as batches: batch = next(batches)
     """
-    workers = config.data.workers
-    return torch.utils.data.DataLoader(
-        Steps(config, corpus, me),
-        sampler=range(first_step, last_step),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=me.device.type == "cuda",
-        worker_init_fn=_ignore_signals,
-        prefetch_factor=PREFETCH if workers else None,
-        # Workers are forked before the process group has threads that matter; the reader reopens its files after a fork.
-        multiprocessing_context="fork" if workers else None,
-    )
+
+    def __init__(self, config: Config, corpus: Corpus, me: Ranks, first_step: int, last_step: int):
+        self.workers = config.data.workers
+        steps = Steps(config, corpus, me)
+        if self.workers:
+            check_shared_memory(steps, self.workers * me.local_size, config.data.utterances_per_speaker)
+        self.loader = torch.utils.data.DataLoader(
+            steps,
+            sampler=range(first_step, last_step),
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=me.device.type == "cuda",
+            worker_init_fn=_prepare_worker,
+            prefetch_factor=PREFETCH if self.workers else None,
+            # Workers are forked before the process group has threads that matter; the reader reopens its files after a fork.
+            multiprocessing_context="fork" if self.workers else None,
+        )
+
+    def __enter__(self) -> Batches:
+        before = multiprocessing.active_children()
+        self.iterator = iter(self.loader)
+        self.processes = [child for child in multiprocessing.active_children() if child not in before]
+        return self
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            batch = next(self.iterator)
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            raise _lost(error, self.workers) from None
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
+
+    def __exit__(self, *_) -> None:
+        for process in self.processes:
+            process.kill()
+        del self.iterator
+
+
+def _lost(error: RuntimeError, workers: int) -> Exception:
+    said = " ".join(str(error).split())
+    if "Bus error" in said or "shared memory" in said:
+        return UserError(f"a loader process found /dev/shm full; {_remedy(workers)}")
+    return LoaderLost(f"a loader process is gone ({said}); the run continues from its newest checkpoint")
+
+
+def _remedy(workers: int) -> str:
+    return f"enlarge it (docker run --shm-size 8g), or give --data.workers 0 (now {workers})"
+
+
+def check_shared_memory(steps: Steps, workers: int, utterances_per_speaker: int) -> None:
+    """Raises UserError where /dev/shm cannot hold the crops that `workers` loader processes of this machine keep in it."""
+    if not Path("/dev/shm").is_dir():
+        return
+    rows = (steps.columns.stop - steps.columns.start) * utterances_per_speaker
+    need = workers * (PREFETCH + 3) * rows * steps.augmenter.read_samples * 2
+    room = shutil.disk_usage("/dev/shm")
+    if need > room.free:
+        raise UserError(
+            f"/dev/shm has {room.free / 2**20:.1f} of {room.total / 2**20:.1f} MiB free, and {workers} loader processes need"
+            f" {need / 2**20:.1f} MiB; {_remedy(steps.workers)}"
+        )
+
+
+def _prepare_worker(_worker: int) -> None:
+    # A preemption signal to the whole tree is the trainer's business; a loader that dies of it would end the run.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # It must not outlive a trainer that is killed: it holds copies of its sockets, and the other ranks wait for their end.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    torch.set_num_threads(1)

@@ -19,14 +19,16 @@ from spknet.evaluate import embeddings as kept
 from spknet.evaluate import evaluation, groups, report
 from spknet.evaluate.bootstrap import REPLICATES
 from spknet.evaluate.calibration import MEASURES, QUALITIES
+from spknet.evaluate.commands import Parser, at_least, check_file, check_writable
 from spknet.evaluate.evaluation import Asked, Extracted, check_asked, extract, how_of, score, system_of, untrained
-from spknet.evaluate.lists import Cohort, Lists, on_first, read_lists
-from spknet.evaluate.options import Parser, at_least, check_file, check_writable
+from spknet.evaluate.lists import Cohort, Lists, read_lists
 from spknet.evaluate.systems import PRESETS, System
 from spknet.evaluate.trials import read_speakers
 from spknet.parallel.ranks import ranks
+from spknet.parallel.together import on_first
 
 EVAL_OPTIONS = {  # of the config's group eval; --eval.NAME is taken, too
+    "weights": {"choices": ("averaged", "trained"), "help": "of a run that averages"},
     "trials": {"nargs": "+", "help": "test lists"},
     "dev_trials": {"help": "development list: calibration and thresholds are learned on it"},
     "root": {"nargs": "+", "help": "folders that the paths in the lists start from; absolute paths need none"},
@@ -143,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = arguments(argv)
     with ranks(chosen.device, chosen.threads) as me:
         if chosen.embeddings:
-            on_first(lambda: _score_again(chosen, argv), share=False)
+            on_first("scoring", lambda: _score_again(chosen, argv), share=False)
         else:
             _extract_and_score(chosen, argv, me.device)
     return 0
@@ -174,14 +176,16 @@ def _score_again(chosen: argparse.Namespace, argv: list[str] | None) -> None:
 
 def _extract_and_score(chosen: argparse.Namespace, argv: list[str] | None, device: torch.device) -> None:
     """Embeds what the lists need, on all ranks, and scores on rank 0."""
-    model, config, meta = load_network(chosen.checkpoint, device)
+    model, config, meta = load_network(chosen.checkpoint, device, weights=getattr(chosen, "weights", None))
     config = with_options(config, chosen)
-    lists = on_first(lambda: evaluation.check(config, chosen.enrolment), share=False)
+    rate = model.sample_rate
+    lists = on_first("reading the lists", lambda: evaluation.check(config, chosen.enrolment, rate), share=False)
     beside = {"untrained": untrained(model, config.train.seed)} if chosen.untrained else {}
-    how = dataclasses.replace(how_of(config), bf16=chosen.precision == "bf16")
+    how = dataclasses.replace(how_of(config, rate), bf16=chosen.precision == "bf16")
     asks = system(chosen, config, cohort(chosen, config, meta))
     found = extract(model, lists, asks, how, beside, lambda lists: _check_targets(lists, chosen, config))
-    on_first(lambda: _tell(chosen, argv, config, facts_of(chosen, config, meta), found), share=False)
+    facts = facts_of(chosen, config, meta) | {"sample_rate": rate}
+    on_first("scoring", lambda: _tell(chosen, argv, config, facts, found), share=False)
 
 
 def _tell(chosen: argparse.Namespace, argv: list[str] | None, config: Config, facts: dict, found: Extracted) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from spknet.errors import run
 from spknet.evaluate import bootstrap, metrics, report
 from spknet.evaluate import plots as pictures
-from spknet.evaluate.options import Parser, at_least, check_writable
+from spknet.evaluate.commands import Parser, at_least, check_writable
 from spknet.evaluate.trials import KALDI, TrialError, Trials, list_name, names_in, open_text, read_speakers, speakers
 
 

@@ -19,18 +19,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from spknet.checkpoints.file import load_network
-from spknet.errors import UserError, run
+from spknet.errors import run
 from spknet.evaluate import embeddings as kept
-from spknet.evaluate.lists import on_first
-from spknet.evaluate.options import Parser, at_least, check_writable
+from spknet.evaluate.commands import Parser, at_least, check_writable
 from spknet.evaluate.scoring import Embedded
 from spknet.evaluate.trials import TrialError, open_text
-from spknet.evaluate.utterances import SAMPLE_RATE, Crops, Places, Sources
+from spknet.evaluate.utterances import Crops, Places, Sources
+from spknet.messages import Progress
 from spknet.parallel.gather import rank, world_size
-from spknet.parallel.ranks import RankError, ranks
+from spknet.parallel.ranks import ranks
+from spknet.parallel.together import gather_objects, on_first, raise_together
 
 GATHERED = 4096  # rows of a rank that travel at a time
 READERS = 2  # threads that read and decode ahead of the network
@@ -89,16 +89,16 @@ def embed(
     own, failure = None, None
     try:
         mine = [batches[i] for i in dealt[rank()]]
-        with tqdm(
-            total=sum(map(len, mine)), desc=what, unit="utt", delay=3, disable=rank() != 0 or None, leave=False
-        ) as bar:
-            own = _embed_batches(model, _read_ahead(sources, places, how.crops, mine), how, bar)
+        with Progress(sum(map(len, mine)), unit=f"{what}: utterance", shown=rank() == 0) as progress:
+            own = _embed_batches(model, _read_ahead(sources, places, how.crops, mine), how, progress)
     except Exception as error:  # raised again below, after the other ranks know
         failure = error
     finally:
         for module, training in modes:
             module.training = training
-    _raise_together(failure)
+    if any(gather_objects(isinstance(failure, Stopped))):
+        raise Stopped(f"asked to stop: {what}")
+    raise_together(failure, what)
     rows = [np.concatenate([batches[i] for i in share]) if share else np.empty(0, np.int64) for share in dealt]
     return _gather(own, rows, how.crops.count, _place(model)[0])
 
@@ -108,7 +108,7 @@ def _place(model: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
     return first.device, first.dtype
 
 
-def _embed_batches(model, waves: Iterator[np.ndarray], how: Embedding, bar) -> torch.Tensor | None:
+def _embed_batches(model, waves: Iterator[np.ndarray], how: Embedding, progress: Progress) -> torch.Tensor | None:
     """(own utterances, crops, dimensions) in the order of the batches, on the CPU; None without batches."""
     device, dtype = _place(model)
     done = []
@@ -119,7 +119,7 @@ def _embed_batches(model, waves: Iterator[np.ndarray], how: Embedding, bar) -> t
             rows = model(torch.from_numpy(audio).to(device).to(dtype) / 32768)  # (batch * crops, dimensions)
             rows = rows.double() if dtype == torch.float64 else rows.float()
             done.append(rows.reshape(len(audio) // how.crops.count, how.crops.count, -1).cpu())
-            bar.update(len(done[-1]))
+            progress.advance(by=len(done[-1]))
     return torch.cat(done) if done else None
 
 
@@ -142,18 +142,6 @@ def _read_ahead(sources: Sources, places: Places, crops: Crops, batches: list[np
                 future.cancel()
 
 
-def _raise_together(failure: Exception | None) -> None:
-    """Raises this rank's failure, or on the other ranks one that names the rank and the failure; Stopped on all."""
-    if world_size() > 1:
-        said: list = [None] * world_size()
-        kind = {Stopped: Stopped}.get(type(failure), RankError if isinstance(failure, UserError) else RuntimeError)
-        dist.all_gather_object(said, None if failure is None else (kind, f"{type(failure).__name__}: {failure}"))
-        for other, (kind, message) in ((r, told) for r, told in enumerate(said) if told and failure is None):
-            raise kind(f"rank {other} failed while embedding: {message}")
-    if failure is not None:
-        raise failure
-
-
 def _gather(own: torch.Tensor | None, rows: list[np.ndarray], crops: int, device) -> np.ndarray | None:
     """This rank's embeddings (or None) and the utterances of every rank -> all embeddings in order, on rank 0."""
     if world_size() == 1:
@@ -163,8 +151,7 @@ def _gather(own: torch.Tensor | None, rows: list[np.ndarray], crops: int, device
         out[rows[0]] = own.numpy()
         return out
     carrier = torch.device(device) if dist.get_backend() == "nccl" else torch.device("cpu")
-    shapes: list = [None] * world_size()
-    dist.all_gather_object(shapes, None if own is None else (own.shape[2], own.dtype))
+    shapes = gather_objects(None if own is None else (own.shape[2], own.dtype))
     known = [shape for shape in shapes if shape is not None]
     if not known:
         return np.empty((0, crops, 0), np.float32) if rank() == 0 else None
@@ -223,18 +210,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add("--threads", type=at_least(0), default=0, help="CPU threads of a rank; 0: an equal share of the cores")
     chosen = parser.parse_args(argv)
-    crops = Crops(round(chosen.crop_seconds * SAMPLE_RATE), chosen.crops)
     with ranks(chosen.device, chosen.threads) as me:
         model, config, meta = load_network(chosen.checkpoint, me.device)
-        sources = Sources(chosen.shards, chosen.root)
-        places = on_first(lambda: read_names(chosen.list, sources))
-        on_first(lambda: check_writable(chosen.out), share=False)
+        crops = Crops.of_seconds(chosen.crop_seconds, chosen.crops, model.sample_rate)
+        sources = Sources(chosen.shards, chosen.root, model.sample_rate)
+        places = on_first("reading the list", lambda: read_names(chosen.list, sources))
+        on_first("looking at --out", lambda: check_writable(chosen.out), share=False)
         how = Embedding(crops, chosen.batch_seconds, chosen.precision == "bf16")
         rows = embed(model, sources, places, how)
         if me.first:
             settings = {"score": config.eval.score, "crops": chosen.crops, "crop_seconds": chosen.crop_seconds}
             facts = kept.identity(meta) | {"loss": config.loss.name, "eval": settings}
-            kept.keep(chosen.out, Embedded(rows, {n: i for i, n in enumerate(places.names)}, places.samples), facts)
+            numbers = {name: i for i, name in enumerate(places.names)}
+            kept.keep(chosen.out, Embedded(rows, numbers, places.samples, model.sample_rate), facts)
             print(f"{chosen.out}: {len(places.names)} utterances, {rows.shape[-1]} dimensions")
             if places.converted:
                 print(f"note: {places.converted}")

@@ -22,15 +22,16 @@ from spknet import rng
 from spknet.checkpoints.file import load_network
 from spknet.config import Config
 from spknet.evaluate import bootstrap, cohort, groups, metrics, scoring
+from spknet.evaluate.commands import check_file
 from spknet.evaluate.embed import Embedding, Stopped, embed
-from spknet.evaluate.lists import Cohort, Lists, on_first, open_lists, read_lists, require, utterances
-from spknet.evaluate.options import check_file
+from spknet.evaluate.lists import Cohort, Lists, open_lists, read_lists, require, utterances
 from spknet.evaluate.report import ListReport, Report
 from spknet.evaluate.scoring import Embedded, ScoringError
 from spknet.evaluate.systems import System
 from spknet.evaluate.thresholds import threshold_card
 from spknet.evaluate.trials import Speakers, TrialError, Trials, speaker_of, speakers
 from spknet.evaluate.utterances import SAMPLE_RATE, Crops, Sources, as_list
+from spknet.parallel.together import on_first
 
 __all__ = ["Asked", "Stopped", "check", "evaluate", "evaluate_network"]
 
@@ -82,7 +83,7 @@ def evaluate(
         check_asked(lists, asked)
         return score(Extracted(lists, network, system, {}), asked)
     extracted = extract(network, lists, system, how, beside, lambda lists: check_asked(lists, asked))
-    return on_first(lambda: score(extracted, asked), share=False)
+    return on_first("scoring", lambda: score(extracted, asked), share=False)
 
 
 def extract(
@@ -97,12 +98,14 @@ def extract(
         return found
 
     system = system if system.threads else replace(system, threads=torch.get_num_threads())
-    places = on_first(lambda: _cohort_places(system)) if system.wants_cohort else None
-    opened = on_first(prepare, share=False)
+    places = None
+    if system.wants_cohort:
+        places = on_first("looking for the cohort", lambda: _cohort_places(system, network.sample_rate))
+    opened = on_first("reading the lists", prepare, share=False)
     embedded = _embed_lists(network, opened, how, "utterances")
     if places is not None:
         roots, where, of = places
-        rows = embed(network, Sources(*roots), where, how, "cohort")
+        rows = embed(network, Sources(*roots, network.sample_rate), where, how, "cohort")
         system = replace(system, cohort=None if rows is None else cohort.speaker_means(rows, of, system.normalize))
     others = {name: _embed_lists(other, opened, how, name) for name, other in (beside or {}).items()}
     return None if opened is None else Extracted(opened, embedded, system, others)
@@ -115,7 +118,7 @@ def ready(network, lists, system: System) -> Lists:
     if lists is None:
         raise TrialError("no list to evaluate: the run names none; give --trials LIST --root FOLDER")
     if not isinstance(lists, Lists):
-        lists = read_lists(lists) if kept else open_lists(lists)
+        lists = read_lists(lists) if kept else open_lists(lists, sample_rate=network.sample_rate)
     if kept:
         require(lists, set(utterances(lists)) - set(network.rows), lambda _: "the embeddings")
         if system.wants_cohort and not isinstance(system.cohort, np.ndarray):
@@ -127,7 +130,7 @@ def ready(network, lists, system: System) -> Lists:
     return lists
 
 
-def _cohort_places(system: System) -> tuple | None:
+def _cohort_places(system: System, sample_rate: int) -> tuple | None:
     """((data sets, folders), utterances, speaker of each) of a cohort that is to be embedded; None where it is there."""
     system.check()
     if isinstance(system.cohort, np.ndarray):
@@ -135,7 +138,7 @@ def _cohort_places(system: System) -> tuple | None:
     source = system.cohort or Cohort()
     if not isinstance(source, Cohort):
         source = Cohort.of_run(*load_network(source)[1:])
-    where, of = source.places()
+    where, of = source.places(sample_rate)
     if system.top:
         cohort.check_top(system.top, len(set(of.tolist())))
     return (source.shards, source.root), where, of
@@ -143,8 +146,9 @@ def _cohort_places(system: System) -> tuple | None:
 
 def _embed_lists(model: torch.nn.Module, lists: Lists | None, how: Embedding, what: str) -> Embedded | None:
     """Embedded utterances of rank 0's lists, on rank 0 (None elsewhere). Called on all ranks."""
-    places, where = on_first(lambda: (lists.places, (lists.sources.folders, lists.sources.roots)))
-    sources = lists.sources if lists else Sources(*where)
+    known = on_first("sharing the lists", lambda: (lists.places, (lists.sources.folders, lists.sources.roots)))
+    places, where = known
+    sources = lists.sources if lists else Sources(*where, model.sample_rate)
     rows = embed(model, sources, places, how, what)
     return None if rows is None else Embedded(rows, lists.rows, places.samples, sources.sample_rate)
 
@@ -234,16 +238,17 @@ def figures(
     return found | {"interval": bootstrap.intervals(drawn), "replicates": replicates}
 
 
-def check(config: Config, enrolment: str | None = None) -> Lists | None:
+def check(config: Config, enrolment: str | None = None, sample_rate: int = SAMPLE_RATE) -> Lists | None:
     """The lists that config.eval names, with everything looked at that can be wrong; None where it names none.
 
-    enrolment: a list of models of several utterances. Talks to no other rank. Raises UserErrors: list, line, what is wrong.
+    enrolment: a list of models of several utterances. sample_rate: the network's, Hz, and so the audio's. Talks to no other
+    rank. Raises UserErrors: list, line, what is wrong.
     """
-    how_of(config)
+    how_of(config, sample_rate)
     system_of(config).check()
     if not as_list(config.eval.trials) + as_list(config.eval.dev_trials):
         return None
-    where = {"root": config.eval.root, "shards": config.eval.shards}
+    where = {"root": config.eval.root, "shards": config.eval.shards, "sample_rate": sample_rate}
     lists = open_lists(config.eval.trials, config.eval.dev_trials, **where, enrolment=enrolment)
     if config.eval.scores:
         check_file(config.eval.scores)
@@ -266,9 +271,10 @@ def evaluate_network(
     test list (of the development list where there is no other), the same of the development list as "dev_eer", ..., and of
     every list under "lists"; {} on other ranks.
     """
-    lists = on_first(lambda: trials or check(config), share=False)
+    rate = model.sample_rate
+    lists = on_first("reading the lists", lambda: trials or check(config, sample_rate=rate), share=False)
     asked = Asked(metrics=config.eval.metrics, breakdown=False)
-    report = evaluate(model, lists, system_of(config), replace(how_of(config), stop=stop), asked)
+    report = evaluate(model, lists, system_of(config), replace(how_of(config, rate), stop=stop), asked)
 
     def finish() -> dict:
         report.facts = {"step": step} | report.facts
@@ -276,7 +282,7 @@ def evaluate_network(
         keep_scores(config, Path(out_dir))
         return report.numbers()
 
-    return on_first(finish, share=False) or {}
+    return on_first("reporting", finish, share=False) or {}
 
 
 def keep_scores(config: Config, out_dir: Path) -> None:
@@ -286,9 +292,9 @@ def keep_scores(config: Config, out_dir: Path) -> None:
             file.write((out_dir / "scores.txt").read_bytes())
 
 
-def how_of(config: Config) -> Embedding:
+def how_of(config: Config, sample_rate: int) -> Embedding:
     """What of each utterance is embedded, as config.eval says. Raises ConfigError for crops that cannot be."""
-    crops = Crops(round(config.eval.crop_seconds * SAMPLE_RATE), config.eval.crops, config.eval.padding)
+    crops = Crops.of_seconds(config.eval.crop_seconds, config.eval.crops, sample_rate, config.eval.padding)
     return Embedding(crops, config.eval.batch_seconds)
 
 

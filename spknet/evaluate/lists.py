@@ -1,4 +1,4 @@
-"""Before anything is embedded: lists read, utterances found, mistakes named. Done once, on rank 0 alone (`on_first`).
+"""Before anything is embedded: lists read, utterances found, mistakes named. Done once, on rank 0 alone.
 
 lists = open_lists("veri_test.txt", root="voxceleb1/test/wav"); lists.places.samples
 """
@@ -8,19 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from spknet.config import Config
-from spknet.data.batches import dev_speakers
+from spknet.data.corpus import dev_speakers
 from spknet.evaluate.cohort import spread
 from spknet.evaluate.scoring import ScoringError
 from spknet.evaluate.trials import TrialError, Trials, read_enrolment, read_trials, read_utterances
-from spknet.evaluate.utterances import Places, Sources, as_list
-from spknet.parallel.gather import rank, world_size
-from spknet.parallel.ranks import RankError
+from spknet.evaluate.utterances import SAMPLE_RATE, Places, Sources, as_list
 
 
 @dataclass(frozen=True)
@@ -56,14 +52,16 @@ def read_lists(trials, dev_trials=None, enrolment: str | None = None) -> Lists:
     return Lists(lists, ["test"] * len(tests) + ["dev"] * len(dev))
 
 
-def open_lists(trials, dev_trials=None, *, root=None, shards=None, enrolment: str | None = None) -> Lists:
+def open_lists(
+    trials, dev_trials=None, *, root=None, shards=None, enrolment: str | None = None, sample_rate: int = SAMPLE_RATE
+) -> Lists:
     """Reads all lists, finds all their utterances and their lengths. trials, root, shards: one path or several.
 
-    enrolment: a list of models of several utterances. Talks to no other rank. Raises TrialError (list, line, what is
+    enrolment: a list of models of several utterances. sample_rate: the network's, Hz, and so the audio's. Talks to no other rank. Raises TrialError (list, line, what is
     wrong) or ShardError (audio that cannot be read).
     """
     lists = read_lists(trials, dev_trials, enrolment)
-    sources = Sources(shards, root)
+    sources = Sources(shards, root, sample_rate)
     places = sources.locate(utterances(lists))
     require(lists, set(places.missing()), sources.describe)
     return Lists(lists.lists, lists.roles, sources, sources.measure(places))
@@ -103,9 +101,9 @@ class Cohort:
         known = None if speakers is None else tuple(speakers)
         return cls(data.train_shards, data.train_list, data.train_root, known, utterances)
 
-    def places(self) -> tuple[Places, np.ndarray]:
-        """The utterances, and the speaker number of each (n,). Raises ScoringError, TrialError or ShardError."""
-        sources = Sources(self.shards, self.root)
+    def places(self, sample_rate: int) -> tuple[Places, np.ndarray]:
+        """The utterances, and the speaker number of each (n,). sample_rate: the network's, Hz. Raises ScoringError, TrialError or ShardError."""
+        sources = Sources(self.shards, self.root, sample_rate)
         if self.shards:
             return self._packed(sources)
         if not self.list_path:
@@ -156,22 +154,3 @@ def trained_speakers(config: Config, meta: dict) -> list[str] | None:
         return [name for name in meta["speakers"] if name not in kept_out]
     kept_out = dev_speakers(meta["speakers"], config.data.dev_speakers)
     return [name for name, out in zip(meta["speakers"], kept_out) if not out]
-
-
-def on_first(work: Callable[[], Any], share: bool = True):
-    """The result of work() on rank 0, on every rank where it is shared, else None there. Its errors are raised on all."""
-    result, error = None, None
-    if rank() == 0:
-        try:
-            result = work()
-        except Exception as raised:  # raised again below, after the other ranks know
-            error = raised
-    if world_size() > 1:
-        box = [(None if error is None else f"rank 0: {error}", result if share else None)]
-        dist.broadcast_object_list(box, src=0)
-        if rank() != 0:
-            message, result = box[0]
-            error = None if message is None else RankError(message)
-    if error is not None:
-        raise error
-    return result

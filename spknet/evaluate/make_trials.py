@@ -23,9 +23,9 @@ from spknet.checkpoints.file import load_network
 from spknet.errors import run
 from spknet.evaluate import embeddings as kept
 from spknet.evaluate import scoring
+from spknet.evaluate.commands import Parser, at_least, check_file
 from spknet.evaluate.groups import read_metadata
 from spknet.evaluate.lists import trained_speakers
-from spknet.evaluate.options import Parser, at_least, check_file
 from spknet.evaluate.trials import TrialError, open_text, read_utterances, separator
 
 HARDEST = 10  # nearest speakers that hard impostors are drawn from

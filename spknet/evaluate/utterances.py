@@ -23,10 +23,10 @@ from shards.format import ShardError
 from shards.reader import open_shards
 from spknet.config import ConfigError
 
-SAMPLE_RATE = 16000  # Hz, of everything that networks here are given
+SAMPLE_RATE = 16000  # Hz, where no network says otherwise
 ENDINGS = (".wav", ".flac", ".m4a", ".mp3", ".ogg", ".opus")
 PROBES = 8  # headers read at a time: hides the latency of a network file system
-SHORTEST = 8000  # samples; shorter utterances are repeated to this length: networks need a few dozen frames
+SHORTEST_SECONDS = 0.5  # shorter utterances are repeated to this length: networks need a few dozen frames
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Crops:
     samples: int = 0
     count: int = 1
     padding: str = "repeat"  # of short utterances: repeat, or zeros
+    shortest: int = 8000  # samples that whole utterances are repeated to
 
     def __post_init__(self):
         if self.count < 1 or self.samples < 0 or (self.samples == 0 and self.count != 1):
@@ -47,10 +48,14 @@ class Crops:
                 f"{self.count} crops of {self.samples} samples: several crops want eval.crop_seconds above 0"
             )
 
+    @classmethod
+    def of_seconds(cls, seconds: float, count: int, sample_rate: int, padding: str = "repeat") -> Crops:
+        return cls(round(seconds * sample_rate), count, padding, shortest=round(SHORTEST_SECONDS * sample_rate))
+
     def cut(self, audio: np.ndarray) -> np.ndarray:
         """(samples,) int16 -> (count, crop) int16."""
         if self.samples == 0:
-            return np.resize(audio, max(len(audio), SHORTEST))[None]
+            return np.resize(audio, max(len(audio), self.shortest))[None]
         if len(audio) <= self.samples:
             if self.padding == "zeros":
                 side = (self.samples - len(audio) + 1) // 2
@@ -62,7 +67,7 @@ class Crops:
 
     def length(self, samples: np.ndarray) -> np.ndarray:
         """Length of the crops of utterances that are `samples` long."""
-        return np.full_like(samples, self.samples) if self.samples else np.maximum(samples, SHORTEST)
+        return np.full_like(samples, self.samples) if self.samples else np.maximum(samples, self.shortest)
 
 
 @dataclass(frozen=True)

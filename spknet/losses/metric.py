@@ -5,6 +5,8 @@
     ge2e         logits = w cos(x_im, c_j) + b  c = mean of all, of a speaker's own without x_im         (Wan et al., 2018)
     triplet      mean max(0, |a - p|^2 - |a - n|^2 + m)
     contrastive  mean over pairs of |a - p|^2 and max(0, m - |a - n|)^2
+    supcon       logits = cos(x_a, x_j) / temperature over all other utterances j; mean over the speaker's own of the
+                 cross entropies: supervised contrastive loss, "out" form                              (Khosla et al., 2020)
 
 A row block scores this rank's anchors against the columns of every rank (spknet.parallel.gather). triplet and contrastive
 length-normalise; the anchor is utterance 0, the positive utterance 1, the negative n another speaker's utterance 1, mined in
@@ -162,6 +164,30 @@ class Contrastive(Mined):
         accuracy = 100 * (positive < negative).double().mean()
         count = found.sum() + positive.shape[0]
         return self.global_mean(positive.square().sum() + apart.sum(), count), accuracy
+
+
+class SupervisedContrastive(Loss):
+    """Every utterance against all others of the global batch; those of its speaker (of equal labels) are right."""
+
+    fewest = 2
+
+    def __init__(self, config: LossConfig):
+        super().__init__(config)
+        self.temperature = config.temperature
+
+    def compute(self, x: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        own = F.normalize(x, dim=2)
+        every, m = gather.gather_rows(own).flatten(0, 1), x.shape[1]
+        label = labels.repeat_interleave(m)
+        same = label[:, None] == gather.gather_rows(labels).repeat_interleave(m)
+        itself = torch.arange(len(every), device=x.device) == gather.rank() * len(label) + torch.arange(
+            len(label), device=x.device
+        ).unsqueeze(1)
+        logits = (own.flatten(0, 1) @ every.T / self.temperature).masked_fill(itself, -torch.inf)  # (rows, all rows)
+        positive = same & ~itself
+        log_p = torch.where(positive, logits.log_softmax(dim=1), 0)
+        right = positive.gather(1, logits.argmax(dim=1, keepdim=True))
+        return -(log_p.sum(dim=1) / positive.sum(dim=1)).mean(), 100 * right.double().mean()
 
 
 class SoftmaxPrototypical(Metric):

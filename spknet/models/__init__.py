@@ -9,9 +9,17 @@ import difflib
 
 from torch import nn
 
-from spknet.config import ConfigError, ModelConfig
+from spknet.config import ConfigError, FeaturesConfig, ModelConfig
+from spknet.models.campplus import CAMPlusPlus
+from spknet.models.dfresnet import DFResNet60, DFResNet114, DFResNet183, DFResNet237
+from spknet.models.ecapa import ECAPA512, ECAPA1024
+from spknet.models.eres2netv2 import ERes2NetV2
 from spknet.models.rawnet3 import RawNet3
-from spknet.models.resnet import ResNetSE34, ResNetSE34L, ResNetSE34V2
+from spknet.models.redimnet import LAYOUTS, ReDimNet, ReDimNet2
+from spknet.models.res2net import Res2Net34
+from spknet.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152, ResNet221, ResNet293
+from spknet.models.resnet_se import ResNetSE34, ResNetSE34L, ResNetSE34V2
+from spknet.models.simam import SimAMResNet34, SimAMResNet100
 from spknet.models.vggvox import VGGVox
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -21,11 +29,33 @@ MODELS: dict[str, type[nn.Module]] = {
     "VGGVox": VGGVox,
     "VGGVox40": VGGVox,
     "RawNet3": RawNet3,
+    "ResNet18": ResNet18,
+    "ResNet34": ResNet34,
+    "ResNet50": ResNet50,
+    "ResNet101": ResNet101,
+    "ResNet152": ResNet152,
+    "ResNet221": ResNet221,
+    "ResNet293": ResNet293,
+    "Res2Net34": Res2Net34,
+    "ERes2NetV2": ERes2NetV2,
+    "SimAM-ResNet34": SimAMResNet34,
+    "SimAM-ResNet100": SimAMResNet100,
+    "DF-ResNet60": DFResNet60,
+    "DF-ResNet114": DFResNet114,
+    "DF-ResNet183": DFResNet183,
+    "DF-ResNet237": DFResNet237,
+    "ECAPA-512": ECAPA512,
+    "ECAPA-1024": ECAPA1024,
+    "CAM++": CAMPlusPlus,
+    **{name: ReDimNet2 if name.startswith("ReDimNet2") else ReDimNet for name in LAYOUTS},
 }
 
 
-def build_model(config: ModelConfig, sample_rate: int = 16000) -> nn.Module:
-    """The network of a configuration, in training mode. ConfigError where name, encoder or n_mels do not fit."""
+def build_model(config: ModelConfig, sample_rate: int = 16000, features: FeaturesConfig | None = None) -> nn.Module:
+    """The network of a configuration, in training mode; its attribute sample_rate is what it wants to be given, Hz.
+
+    features: the front end; None: as published. ConfigError where name, encoder, variant, n_mels or front end do not fit.
+    """
     if config.name not in MODELS:
         near = difflib.get_close_matches(config.name, MODELS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -35,4 +65,6 @@ def build_model(config: ModelConfig, sample_rate: int = 16000) -> nn.Module:
         raise ConfigError(
             f"model.encoder {config.encoder}: {config.name} has no such encoder; it takes {', '.join(network.encoders)}"
         )
-    return network(config, sample_rate)
+    built = network(config, sample_rate, features)
+    built.sample_rate = sample_rate
+    return built

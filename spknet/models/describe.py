@@ -15,9 +15,9 @@ import sys
 import torch
 from torch import nn
 
-from spknet import config as configuration
 from spknet.config import ConfigError, ModelConfig
 from spknet.models import MODELS, build_model
+from spknet.options import parse
 
 SAMPLE_RATE = 16000  # Hz
 OWN_SIZES = {"RawNet3": {"embedding_size": 256}, "ResNetSE34V2": {"n_mels": 64}}  # as published, in the table of all
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen, rest = parser.parse_known_args(argv)
     try:
         if rest:
-            networks = [configuration.parse(rest).model]
+            networks = [parse(rest).model]
         else:
             networks = [
                 ModelConfig(name=name, encoder=encoder, **OWN_SIZES.get(name, {}))

@@ -23,11 +23,11 @@ INT16 = 32768.0
 FLOOR = 1e-6  # added to mel energies; what "silence" is depends on the input scale
 
 
-def mel_filters(n_bins: int, n_mels: int, sample_rate: int) -> Tensor:
-    """Triangular filters of peak 1 between 0 and half the sample rate, equally wide in mel: (n_bins, n_mels)."""
+def mel_filters(n_bins: int, n_mels: int, sample_rate: int, low: float = 0.0, high: float | None = None) -> Tensor:
+    """Triangles of peak 1 from `low` to `high` Hz (half the sample rate), equally wide in mel: (n_bins, n_mels)."""
     frequencies = torch.linspace(0, sample_rate / 2, n_bins, dtype=torch.float64)
-    top = 2595 * math.log10(1 + sample_rate / 2 / 700)
-    corners = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, dtype=torch.float64) / 2595) - 1)
+    ends = (2595 * math.log10(1 + hz / 700) for hz in (low, high or sample_rate / 2))
+    corners = 700 * (10 ** (torch.linspace(*ends, n_mels + 2, dtype=torch.float64) / 2595) - 1)
     rising = (frequencies[:, None] - corners[:-2]) / (corners[1:-1] - corners[:-2])
     falling = (corners[2:] - frequencies[:, None]) / (corners[2:] - corners[1:-1])
     return torch.minimum(rising, falling).clamp(min=0).float()
@@ -48,18 +48,19 @@ def pre_emphasis(waves: Tensor, taps: Tensor) -> Tensor:
 def apply_masks(features: Tensor, masks: Tensor | None) -> Tensor:
     """Sets masked bands and frames to 0, the mean of normalised features.
 
-    features: (batch, bands, frames); masks: (batch, 4, 2), the fractions [start, end) of two bands and two time spans.
+    features: (batch, bands, frames); masks: (batch, 2 K, 2), the fractions [start, end) of K bands, then of K time spans.
     """
     if masks is None:
         return features
 
     def outside(spans: Tensor, n: int) -> Tensor:
         centres = (torch.arange(n, device=features.device, dtype=masks.dtype) + 0.5) / n
-        inside = (centres >= spans[:, :, :1]) & (centres < spans[:, :, 1:])  # (batch, 2, n)
+        inside = (centres >= spans[:, :, :1]) & (centres < spans[:, :, 1:])  # (batch, K, n)
         return ~inside.any(dim=1)
 
     _, bands, frames = features.shape
-    keep = outside(masks[:, :2], bands)[:, :, None] & outside(masks[:, 2:], frames)[:, None, :]
+    half = masks.shape[1] // 2
+    keep = outside(masks[:, :half], bands)[:, :, None] & outside(masks[:, half:], frames)[:, None, :]
     return features * keep.to(features.dtype)
 
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spknet.config import ModelConfig
+from spknet.config import ConfigError, FeaturesConfig, ModelConfig
 from spknet.models.features import INT16, PRE_EMPHASIS, apply_masks, pre_emphasis
-from spknet.models.pooling import ChannelAttention, Head
+from spknet.models.pooling import POOLINGS, ChannelAttention, Head, build_pooling
 
 TAPS = 251
 LOWEST_HZ = 50.0  # added to a filter's lower edge, and to its width
@@ -135,14 +135,17 @@ class Res2Block(nn.Module):
 class RawNet3(nn.Module):
     """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size).
 
-    Encoders: ECA weighs each channel and frame, ASP each frame; both see the whole utterance's mean and deviation.
+    Encoders: ECA weighs each channel and frame, ASP each frame; both see the whole utterance's mean and deviation. The others are
+    those of spknet.models.pooling.
     masks (batch, 4, 2): SpecAugment on the learned filter bank.
     """
 
-    encoders = ("ECA", "ASP")
+    encoders = ("ECA", "ASP", "TAP", "MAX", "TSTP", "TSDP", "ASTP", "ASTP-GLOB", "MQMHA")
 
-    def __init__(self, config: ModelConfig, sample_rate: int = 16000):
+    def __init__(self, config: ModelConfig, sample_rate: int = 16000, features: FeaturesConfig | None = None):
         super().__init__()
+        if features and features.name != "auto":
+            raise ConfigError(f"features.name {features.name}: RawNet3 learns its filters from waves; give auto")
         channels = 32 * max(1, round(32 * config.width))
         wide = channels * 3 // 2
         self.features = FilterBank(channels // 4, config.sinc_stride, sample_rate, config.input_scale)
@@ -150,15 +153,21 @@ class RawNet3(nn.Module):
         self.block2 = Res2Block(channels, channels, dilation=3, pool=3)
         self.block3 = Res2Block(channels, channels, dilation=4)
         self.mix = nn.Conv1d(3 * channels, wide, 1)
-        attention = ChannelAttention(
-            wide, deviation=True, context=True, shared=config.encoder == "ASP", low=1e-4, high=1e4
-        )
-        encoder = nn.Sequential(attention, nn.BatchNorm1d(2 * wide))
-        self.head = Head(encoder, 2 * wide, config.embedding_size)
+        pool, pooled = self.build_pool(config.encoder, wide)
+        encoder = nn.Sequential(pool, nn.BatchNorm1d(pooled))
+        self.head = Head(encoder, pooled, config.embedding_size, fewest=2)
         # Two norms that RawNet3's forward pass never uses are in its checkpoints and in its parameter count. Without a
         # gradient, so that DistributedDataParallel does not wait for one.
         self.unused = nn.ModuleList([nn.BatchNorm1d(channels // 4), nn.BatchNorm1d(config.embedding_size)])
         self.unused.requires_grad_(False)
+
+    @staticmethod
+    def build_pool(encoder: str, channels: int) -> tuple[nn.Module, int]:
+        """The pooling, and how many values it makes of an utterance."""
+        if encoder not in ("ECA", "ASP"):
+            return build_pooling(encoder, channels), POOLINGS[encoder] * channels
+        shared = encoder == "ASP"
+        return ChannelAttention(channels, deviation=True, context=True, shared=shared, low=1e-4, high=1e4), 2 * channels
 
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
         x1 = self.block1(self.features(waves, masks))

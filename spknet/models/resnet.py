@@ -1,150 +1,159 @@
-"""One residual network with squeeze-and-excitation, three layouts: Thin, Fast and H/ASP ResNet-34.
+"""ResNet with statistics pooling, as WeSpeaker and 3D-Speaker train it: ResNet18 to ResNet293 (He et al., 2016).
 
-A block is conv, ReLU, norm, conv, norm, squeeze-and-excitation (Hu et al., 2018; each channel times a gate made from the
-channels' means, bottleneck of 1/8), plus the input, ReLU; 3, 4, 6 and 3 of them (He et al., 2016). The layouts are those of
-"In defence of metric learning for speaker recognition" (Chung et al., 2020) and voxceleb_trainer:
+    stem     3x3, 32 channels                                 80 bands, T frames
+    stage 1  32 channels, stride 1                            80, T
+    2, 3, 4  64, 128, 256 channels, each first block / 2      40, T/2 · 20, T/4 · 10, T/8, rounded up
+    pooling over time, channels x bands flattened -> Linear 256
 
-    ResNetSE34    Thin  spectrogram 257  stem 7x7 and max pool, both / (2, 1)  channels 16-128  strides 1, 2, 2, 2
-    ResNetSE34L   Fast  40 log mels      stem 7x7 / (2, 1)                     channels 16-128  strides 1, 2, 2, 1
-    ResNetSE34V2  H     64 log mels      stem 3x3                              channels 32-256  strides 1, 2, 2, 2, bands kept
+A basic block is 3x3, norm, ReLU, 3x3, norm, plus the input, ReLU. A bottleneck is 1x1, 3x3, 1x1 with four times as many channels
+at the end. Where shape changes, the input goes through a 1x1 convolution and a norm.
 
-    ResNetSE34L(ModelConfig())(waves)  # (batch, samples) -> (batch, 512)
+Variants: `wespeaker` adds 1e-7 to the variance, `3dspeaker` 1e-8 and has a second embedding layer (`two_emb_layer`): ReLU, norm
+without parameters, Linear; its output is the embedding. WeSpeaker had it as an option until July 2022. Names of parameters are
+those of both projects.
+
+    ResNet34(ModelConfig(name="ResNet34"))(waves)  # (batch, samples) -> (batch, 256)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spknet.config import ModelConfig
-from spknet.models.features import Spectrum
-from spknet.models.pooling import build_head
+from spknet.models.network import Network
+from spknet.models.pooling import POOLINGS, build_pooling
 
-BLOCKS = (3, 4, 6, 3)
-
-
-@dataclass(frozen=True)
-class Layout:
-    channels: tuple[int, int, int, int]
-    strides: tuple[int, int, int, int]  # of the first block of each stage, bands and frames
-    stem: int  # kernel size
-    stem_stride: tuple[int, int]  # bands, frames
-    max_pool: bool = False
-    mel: bool = True  # mel bands, else the magnitude of every FFT bin
-    emphasis: bool = False
-    keep_bands: bool = False  # the encoder sees channels x bands, else the mean over bands
-    window: str = "hamming"  # where model.window is auto
-    relu_first: bool = False  # stem: ReLU before the norm, and a bias
+FLOOR = {"wespeaker": 1e-7, "3dspeaker": 1e-8}
 
 
-class Conv2d(nn.Conv2d):
-    """A convolution whose weights keep the variance of gradients under ReLU (He et al., 2015)."""
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
-class Gate(nn.Module):
-    """Squeeze-and-excitation: (batch, channels, bands, frames) -> the same shape."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.squeeze = nn.Linear(channels, max(1, channels // 8))
-        self.excite = nn.Linear(max(1, channels // 8), channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = self.excite(self.squeeze(x.mean(dim=(2, 3))).relu()).sigmoid()
-        return x * gate[:, :, None, None]
+def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
 
-class Block(nn.Module):
+def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """The input as it is, or through a 1x1 convolution and a norm where the shape changes."""
+    if stride == 1 and inputs == outputs:
+        return nn.Sequential()
+    return nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
     def __init__(self, inputs: int, channels: int, stride: int):
         super().__init__()
-        self.conv1 = Conv2d(inputs, channels, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
-        self.gate = Gate(channels)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != channels:
-            self.shortcut = nn.Sequential(Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+        self.conv1 = conv3x3(inputs, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = shortcut(inputs, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(self.conv1(x).relu())
-        y = self.gate(self.norm2(self.conv2(y)))
-        return (y + self.shortcut(x)).relu()
+        y = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(y)) + self.shortcut(x)).relu()
 
 
-class ResNetSE(nn.Module):
-    """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size); the layout is the subclass's.
+class Bottleneck(nn.Module):
+    expansion = 4
 
-    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks.
-    """
-
-    encoders = ("SAP", "TAP", "MAX", "ASP")
-    layout: Layout
-
-    def __init__(self, config: ModelConfig, sample_rate: int = 16000):
+    def __init__(self, inputs: int, channels: int, stride: int):
         super().__init__()
-        layout = self.layout
-        self.features = Spectrum(
-            sample_rate,
-            config.n_mels if layout.mel else 0,
-            window=layout.window if config.window == "auto" else config.window,
-            log=config.log_input,
-            emphasis=layout.emphasis,
-            input_scale=config.input_scale,
-        )
-        channels = [max(8, round(c * config.width)) for c in layout.channels]
-        self.stem = Conv2d(
-            1, channels[0], layout.stem, layout.stem_stride, padding=layout.stem // 2, bias=layout.relu_first
-        )
-        self.norm = nn.BatchNorm2d(channels[0])
-        stages, inputs = [], channels[0]
-        for n, width, stride in zip(BLOCKS, channels, layout.strides):
-            blocks = [Block(inputs, width, stride)] + [Block(width, width, 1) for _ in range(n - 1)]
-            stages.append(nn.Sequential(*blocks))
-            inputs = width
-        self.stages = nn.Sequential(*stages)
-        pooled = inputs * self.bands_left() if layout.keep_bands else inputs
-        self.head = build_head(config.encoder, pooled, config.embedding_size, per_channel=layout.keep_bands)
+        self.conv1 = conv1x1(inputs, channels)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = conv1x1(channels, 4 * channels)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.shortcut = shortcut(inputs, 4 * channels, stride)
 
-    def bands_left(self) -> int:
-        """Bands after the stem and the stages: padded convolutions divide by their stride, rounding up."""
-        bands = -(-self.features.bands // self.layout.stem_stride[0])
-        for stride in (2 if self.layout.max_pool else 1, *self.layout.strides):
-            bands = -(-bands // stride)
-        return bands
-
-    def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
-        x = self.stem(self.features(waves, masks)[:, None])  # (batch, channels, bands, frames)
-        x = self.norm(x.relu()) if self.layout.relu_first else self.norm(x).relu()
-        if self.layout.max_pool:
-            x = F.max_pool2d(x, 3, stride=(2, 1), padding=1)
-        x = self.stages(x)
-        return self.head(x.flatten(1, 2) if self.layout.keep_bands else x.mean(dim=2))
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x)).relu()
+        y = self.bn2(self.conv2(y)).relu()
+        return (self.bn3(self.conv3(y)) + self.shortcut(x)).relu()
 
 
-class ResNetSE34(ResNetSE):
-    """Thin ResNet-34 (1.4 M parameters) on magnitude spectra."""
+class ResidualNetwork(Network):
+    """Stem and four stages of blocks; the subclass says which, `make_block` how. channels x bands go into the pooling."""
 
-    layout = Layout(
-        (16, 32, 64, 128), (1, 2, 2, 2), stem=7, stem_stride=(2, 1), max_pool=True, mel=False, window="hann"
-    )
+    time_stride = 8
+    planes = 32  # channels of the first stage; doubled by each further one
+    blocks: tuple[int, int, int, int]
+    block: type[nn.Module]
+
+    def build(self, config: ModelConfig) -> None:
+        planes = [round(n * self.planes * config.width) for n in (1, 2, 4, 8)]
+        self.conv1 = conv3x3(1, planes[0])
+        self.bn1 = nn.BatchNorm2d(planes[0])
+        inputs = planes[0]
+        for i, (count, channels, stride) in enumerate(zip(self.blocks, planes, (1, 2, 2, 2)), start=1):
+            stage = []
+            for n in range(count):
+                stage.append(self.make_block(i, inputs, channels, stride if n == 0 else 1))
+                inputs = channels * stage[0].expansion
+            setattr(self, f"layer{i}", nn.Sequential(*stage))
+        self.channels = inputs * -(-self.bands // 8)
+        self.build_head(config)
+
+    def make_block(self, stage: int, inputs: int, channels: int, stride: int) -> nn.Module:
+        return self.block(inputs, channels, stride)
+
+    def build_head(self, config: ModelConfig) -> None:
+        self.pool = build_pooling(config.encoder, self.channels, floor=FLOOR[self.variant])
+        self.seg_1 = nn.Linear(POOLINGS[config.encoder] * self.channels, config.embedding_size)
+
+    def frames(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x[:, None])).relu()  # (batch, channels, bands, frames)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.flatten(1, 2)
+
+    def embed_frames(self, x: Tensor) -> Tensor:
+        return self.seg_1(self.pool(x))
 
 
-class ResNetSE34L(ResNetSE):
-    """Fast ResNet-34 (1.4 M parameters)."""
+class ResNet(ResidualNetwork):
+    """waves (batch, samples) -> (batch, embedding_size); see spknet.models.network."""
 
-    layout = Layout((16, 32, 64, 128), (1, 2, 2, 1), stem=7, stem_stride=(2, 1))
+    variants = ("wespeaker", "3dspeaker")
+
+    def build_head(self, config: ModelConfig) -> None:
+        super().build_head(config)
+        two = self.variant == "3dspeaker" if config.two_emb_layer is None else config.two_emb_layer
+        self.norm_after_pooling = two
+        self.seg_bn_1 = nn.BatchNorm1d(config.embedding_size, affine=False) if two else None
+        self.seg_2 = nn.Linear(config.embedding_size, config.embedding_size) if two else None
+
+    def embed_frames(self, x: Tensor) -> Tensor:
+        x = super().embed_frames(x)
+        return x if self.seg_2 is None else self.seg_2(self.seg_bn_1(x.relu()))
 
 
-class ResNetSE34V2(ResNetSE):
-    """Half ResNet-34 (6 to 8 M parameters), "H / ASP"."""
+class ResNet18(ResNet):
+    block, blocks = BasicBlock, (2, 2, 2, 2)
 
-    layout = Layout(
-        (32, 64, 128, 256), (1, 2, 2, 2), stem=3, stem_stride=(1, 1), emphasis=True, keep_bands=True, relu_first=True
-    )
+
+class ResNet34(ResNet):
+    block, blocks = BasicBlock, (3, 4, 6, 3)
+
+
+class ResNet50(ResNet):
+    block, blocks = Bottleneck, (3, 4, 6, 3)
+
+
+class ResNet101(ResNet):
+    block, blocks = Bottleneck, (3, 4, 23, 3)
+
+
+class ResNet152(ResNet):
+    block, blocks = Bottleneck, (3, 8, 36, 3)
+
+
+class ResNet221(ResNet):
+    block, blocks = Bottleneck, (6, 16, 48, 3)
+
+
+class ResNet293(ResNet):
+    block, blocks = Bottleneck, (10, 20, 64, 3)

@@ -11,30 +11,30 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from spknet.config import ConfigError, ModelConfig
-from spknet.models.features import Spectrum
-from spknet.models.pooling import build_head
+from spknet.config import ConfigError, FeaturesConfig, ModelConfig
+from spknet.models.front_ends import build_features
+from spknet.models.pooling import POOLINGS, build_head
 
 MELS = 40
-FEWEST_FRAMES = 63  # three poolings leave one frame of these
+FEWEST_FRAMES = 63  # three poolings leave one frame of these,
+FRAMES_FOR_TWO = 95  # and two of these
 
 
 class VGGVox(nn.Module):
     """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size). Its analysis window is Hann by default.
 
-    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks. Crops of less than 0.62 s are repeated. Raises ConfigError for other than 40 mel bands.
+    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks. Crops of less than 0.62 s (0.94 s for TSTP, TSDP and ASTP-GLOB) are repeated. Raises ConfigError for other than 40 mel bands.
     """
 
-    encoders = ("SAP", "TAP", "MAX", "ASP")
+    encoders = tuple(POOLINGS)
 
-    def __init__(self, config: ModelConfig, sample_rate: int = 16000):
+    def __init__(self, config: ModelConfig, sample_rate: int = 16000, features: FeaturesConfig | None = None):
         super().__init__()
         if config.n_mels != MELS:
             raise ConfigError(
                 f"model.n_mels {config.n_mels}: {config.name} takes {MELS}, its last kernel spans 4 bands"
             )
-        window = "hann" if config.window == "auto" else config.window
-        self.features = Spectrum(sample_rate, MELS, window=window, log=config.log_input, input_scale=config.input_scale)
+        self.features = build_features(config, sample_rate, features, "2020", window="hann")
 
         def stage(inputs: int, outputs: int, kernel: tuple, stride: tuple = (1, 1), padding: tuple = (1, 1)) -> list:
             conv = nn.Conv2d(inputs, outputs, kernel, stride, padding)
@@ -53,9 +53,10 @@ class VGGVox(nn.Module):
             *stage(b, d, (4, 1), padding=(0, 0)),
         )
         self.head = build_head(config.encoder, d, config.embedding_size)
+        self.fewest_frames = FRAMES_FOR_TWO if self.head.fewest == 2 else FEWEST_FRAMES
 
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
-        shortest = (FEWEST_FRAMES - 1) * self.features.hop
+        shortest = (self.fewest_frames - 1) * self.features.hop
         if waves.shape[1] < shortest:
             waves = waves.repeat(1, -(-shortest // waves.shape[1]))[:, :shortest]
         x = self.layers(self.features(waves, masks)[:, None])  # (batch, channels, 1, frames)

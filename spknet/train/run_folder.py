@@ -30,7 +30,7 @@ from spknet.errors import UserError
 
 HEARTBEAT_SECONDS = 10
 STALE_SECONDS = 35  # without a heartbeat an owner on another machine counts as dead
-PACKAGES = ("spknet", "torch", "torchaudio", "numpy", "soundfile", "webdataset", "jsonargparse")
+PACKAGES = ("spknet", "torch", "torchaudio", "numpy", "soundfile", "webdataset", "pydantic")
 
 
 class RunError(UserError):

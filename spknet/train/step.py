@@ -1,5 +1,5 @@
-"""What is trained: network and loss in one module, so that DDP sees the loss's parameters too; and the two ways to its
-gradient: at once, or chunk by chunk with the same result.
+"""What is trained: network and loss in one module; and the two ways to its gradient: at once, or chunk by chunk with the same
+result. Both leave the mean over ranks in every .grad.
 
 Chunked (GradCache, Gao et al. 2021, arXiv 2101.06983): embed all crops without a graph; take the loss's gradient with
 respect to the embeddings; embed chunk by chunk again, with a graph, pushing that gradient through. Memory is that of one
@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spknet.data.augment import mix
 from spknet.data.batches import Batch
-from spknet.parallel.ranks import Ranks, average_gradients
+from spknet.parallel.gradients import AveragedGradients
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,26 +49,29 @@ def prepare(batch: Batch, samples: int, dtype: torch.dtype, device: torch.device
     return mix(crops, augment, samples, dtype), augment.get("masks"), labels, draws
 
 
-def step_at_once(parallel: nn.Module, inputs: tuple, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward and backward of the whole share; DDP reduces while it goes back. scale: loss -> scaled loss (fp16)."""
-    loss, accuracy = parallel(*inputs)
+def step_at_once(task: SpeakerTask, inputs: tuple, scale, gradients: AveragedGradients) -> tuple[Tensor, Tensor]:
+    """Forward and backward of the whole share; gradients travel while it goes back. scale: loss -> scaled loss (fp16)."""
+    loss, accuracy = task(*inputs)
     scale(loss).backward()
+    gradients.average()
     return loss.detach(), accuracy.detach()
 
 
-def step_in_chunks(task: SpeakerTask, inputs: tuple, scale, chunk: int, me: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same gradient with the memory of `chunk` utterances. Gradients are reduced once, at the end."""
+def step_in_chunks(
+    task: SpeakerTask, inputs: tuple, scale, gradients: AveragedGradients, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The same gradient with the memory of `chunk` utterances. Gradients travel once, at the end."""
     waves, masks, labels, draws = inputs
     parts = list(zip(waves.split(chunk), masks.split(chunk) if masks is not None else [None] * len(waves)))
     with torch.no_grad():
         embeddings = torch.cat([task.embed(*part) for part in parts])
     embeddings.requires_grad_()
     loss, accuracy = task.score(embeddings, labels, draws)
-    scale(loss).backward()
-    with _running_statistics_kept(task.model):
+    with gradients.collected(), _running_statistics_kept(task.model):
+        scale(loss).backward()
         for part, gradient in zip(parts, embeddings.grad.split(chunk)):
             task.embed(*part).backward(gradient)
-    average_gradients(task.parameters(), me)
+    gradients.average()
     return loss.detach(), accuracy.detach()
 
 

@@ -32,6 +32,7 @@ from spknet.checkpoints.voxceleb_trainer import (
     window_of,
 )
 from spknet.config import Config, ConfigError
+from spknet.options import parse as parse_options
 from spknet.train.voxceleb_trainer_flags import KNOWN, ONLY_NEWER, defaults, parse, read_yaml, value_of
 
 __all__ = [
@@ -61,10 +62,10 @@ class Translation:
         """Does what `--eval` asks for: embeds, scores, prints EER and minDCF, never asks. Returns the exit status."""
         from spknet.checkpoints import file as checkpoint
         from spknet.evaluate import evaluation as evaluate
-        from spknet.parallel.ranks import ranks
+        from spknet.parallel.ranks import join
 
         config, out = self.config, Path(self.config.run_dir) / "eval" / "initial"
-        with ranks(config.train.device, config.train.threads, config.train.timeout_seconds) as me:
+        with join(config.train.device, config.train.threads) as me:
             path = config.train.initial_model or config.run_dir
             model, _, _ = checkpoint.load_network(path, me.device, model=config.model)
             found = evaluate.evaluate_network(model, config, out_dir=out)
@@ -260,7 +261,7 @@ def _with_options(values: dict[str, Any], own: dict[str, str]) -> Config:
     if not own:
         return config
     words = [word for pair in own.items() for word in (f"--{pair[0]}", pair[1])]
-    said = configuration.parse(words)
+    said = parse_options(words)
     for name in own:
         config = _replaced(config, name.split("."), said)
     return config
@@ -292,7 +293,7 @@ def _check(config: Config, flags: argparse.Namespace) -> None:
 
 def command(config: Config, eval_only: bool) -> str:
     """The command that does the same, with the options that are not spknet's defaults."""
-    from spknet.checkpoints.file import flatten
+    from spknet.config import flatten
 
     own, default = flatten(configuration.to_dict(config)), flatten(configuration.to_dict(Config()))
     changed = {key: value for key, value in own.items() if value != default[key]}
@@ -321,7 +322,7 @@ def options(argv: list[str]) -> tuple[Config, Callable[[], int] | None]:
         if translation.eval_only:
             instead = translation.evaluate
     else:
-        config = configuration.parse(argv)
+        config = parse_options(argv)
     if config.run_dir is None:
         raise ConfigError("--run_dir FOLDER is missing: where checkpoints, metrics and evaluations of this run go")
     return config, instead

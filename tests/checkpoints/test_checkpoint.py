@@ -8,6 +8,7 @@ from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints.file import CheckpointError
 from spknet.config import LossConfig
 from spknet.losses import build_loss
+from spknet.options import parse
 from tests.ranks import train
 
 
@@ -72,8 +73,8 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path):
 
 
 def test_changed_options_are_listed_and_harmless_ones_are_not():
-    old = config.to_dict(config.parse(["--optim.lr", "0.1", "--data.workers", "4", "--train.epochs", "3"]))
-    new = config.parse(["--optim.lr", "0.2", "--model.encoder", "TAP", "--eval.crops", "5", "--run_dir", "x"])
+    old = config.to_dict(parse(["--optim.lr", "0.1", "--data.workers", "4", "--train.epochs", "3"]))
+    new = parse(["--optim.lr", "0.2", "--model.encoder", "TAP", "--eval.crops", "5", "--run_dir", "x"])
     assert checkpoint.changed_options(old, new) == ["model.encoder: SAP -> TAP", "optim.lr: 0.1 -> 0.2"]
 
 

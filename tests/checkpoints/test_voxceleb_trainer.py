@@ -17,6 +17,7 @@ from spknet.checkpoints.file import CheckpointError
 from spknet.config import Config, ConfigError, LossConfig, ModelConfig
 from spknet.losses import build_loss
 from spknet.models import build_model
+from spknet.options import parse
 from spknet.train import voxceleb_trainer as legacy
 
 FOUR = "--train_list l.txt --test_list t.txt --train_path wav --test_path test --save_path exp"
@@ -75,7 +76,7 @@ def test_the_equivalent_command_means_the_same():
                  "--nOut 256 --trainfunc aamsoftmax --weight_decay 5e-5 --mixedprec"):  # fmt: skip
         done = legacy.translate(words(line))
         command = next(note for note in done.notes if "python -m spknet.train" in note).split()
-        assert configuration.parse(command[3:]) == done.config
+        assert parse(command[3:]) == done.config
         assert sum("python -m" in note for note in done.notes) == 1
 
 

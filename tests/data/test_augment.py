@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spknet.config import AugmentConfig, ConfigError
+from spknet.config import AugmentConfig, ConfigError, from_dict
 from spknet.data.augment import SNR_DB, Augmenter, mix
 
 N, SAMPLES = 400, 4000
@@ -89,11 +89,14 @@ def test_masks_have_the_promised_sizes():
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({"speed": [3.0]}, "speeds lie between 0.5 and 2"), ({"probability": 1.5}, "must lie between 0 and 1")],
+    [
+        ({"speed": [3.0]}, "speeds lie between 0.5 and 2"),
+        ({"probability": 1.5}, "augment.probability: 1.5 given, expected less than or equal to 1"),
+    ],
 )
 def test_impossible_settings_are_errors(options, expected):
     with pytest.raises(ConfigError, match=expected):
-        Augmenter(AugmentConfig(**options), 0, SAMPLES, 16000)
+        Augmenter(from_dict({"augment": options}).augment, 0, SAMPLES, 16000)
 
 
 def test_unknown_categories_are_an_error(noise_and_rir, corpus):

@@ -5,15 +5,16 @@ import pytest
 import soundfile
 import torch
 
-from spknet import config
 from spknet.config import ConfigError
-from spknet.data.batches import Corpus, Steps, dev_speakers, loader
+from spknet.data.batches import Batches, Steps
+from spknet.data.corpus import Corpus, dev_speakers
+from spknet.options import parse
 from spknet.parallel.ranks import Ranks
 
 
 def parts(corpus, world, words=(), step=3):
     base = f"--data.train_shards {corpus}/shards --data.speakers_per_batch 8 --data.crop_seconds 0.5 --data.workers 0".split()
-    c = config.parse([*base, *words])
+    c = parse([*base, *words])
     data = Corpus.open(c.data, c.train.seed)
     return data, [Steps(c, data, Ranks(rank, world))[step] for rank in range(world)]
 
@@ -39,7 +40,7 @@ def test_crops_are_stretches_of_their_own_utterance(corpus):
 
 def test_loose_files_give_the_same_batches_as_shards(corpus):
     _, (packed,) = parts(corpus, 1)
-    c = config.parse(
+    c = parse(
         f"--data.train_list {corpus}/train_list.txt --data.train_root {corpus} --data.speakers_per_batch 8"
         " --data.crop_seconds 0.5".split()
     )
@@ -48,17 +49,18 @@ def test_loose_files_give_the_same_batches_as_shards(corpus):
 
 
 def test_the_loader_goes_on_across_epochs_in_order(corpus):
-    c = config.parse(
+    c = parse(
         f"--data.train_shards {corpus}/shards --data.speakers_per_batch 8 --data.crop_seconds 0.5 --data.workers 2".split()
     )
     data = Corpus.open(c.data, 0)
     assert data.sampler.steps == 3
     again, before = Steps(c, data, Ranks()), []
-    for i, batch in enumerate(loader(c, data, Ranks(), 1, 60), 1):
-        assert batch.step == i
-        before = [*before[-1:], batch]  # the consumer may still hold the batch before
-        for held in before:
-            assert torch.equal(held.crops, again[held.step].crops)
+    with Batches(c, data, Ranks(), 1, 60) as batches:
+        for i, batch in enumerate(batches, 1):
+            assert batch.step == i
+            before = [*before[-1:], batch]  # the consumer may still hold the batch before
+            for held in before:
+                assert torch.equal(held.crops, again[held.step].crops)
     assert i == 59
 
 

@@ -166,7 +166,7 @@ def test_installed_sweep_of_the_paper_fits_the_options(tmp_path):
     runs = sweep.plan(content, [])
     seeds = len(content["grid"]["train.seed"])
     assert seeds == 3 and len(runs) == 3 * len(content["grid"]["recipe.loss"]) * seeds
-    from spknet.config import parse
+    from spknet.options import parse
 
     for run in runs[::seeds]:
         parse(run.words)

@@ -10,6 +10,10 @@ from tests.ranks import run_ranks
 SPEAKERS, DIMENSIONS, CLASSES = 8, 6, 20
 CASES = [LossConfig(name=name, margin=0.3, hard_rank=2) for name in LOSSES]
 CASES += [
+    LossConfig(name="aamsoftmax", beyond_pi="continuous", sub_centers=3),
+    LossConfig(name="aamsoftmax", sub_centers=2, top_k=4),
+    LossConfig(name="amsoftmax", top_k=2),
+    LossConfig(name="sphereface2", margin_type="A"),
     LossConfig(name="angleproto", normalize_embeddings=True),
     LossConfig(name="ge2e", cosine_floor=1e-6),
     LossConfig(name="triplet", margin=0.3, hard_rank=0, hard_prob=1.0),

@@ -10,12 +10,13 @@ import torch
 
 from spknet import rng
 from spknet.checkpoints import voxceleb_trainer as legacy_state
-from spknet.config import RECIPES, ConfigError, ModelConfig, parse
+from spknet.config import ConfigError, ModelConfig
 from spknet.losses import LOSSES, build_loss
 from spknet.models import MODELS, build_model
 from spknet.models import describe as info
 from spknet.models.features import Spectrum, apply_masks
 from spknet.models.pooling import ChannelAttention, Maximum, Mean, SelfAttention
+from spknet.options import RECIPES, parse
 
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
 NETWORKS = {

@@ -145,3 +145,27 @@ def test_recording_at_another_rate_is_refused_unless_converted(host, tmp_path, c
     assert run(host, tmp_path / "data", *again) == 0
     data = open_shards(tmp_path / "converted" / "musan")
     assert data.key(0) == "noise/a/b" and data.samples[0] == 6000
+
+
+def test_test_noise_is_split_by_recording_and_rooms_stay_whole(host, tmp_path):
+    names = [f"{kind}/a/{kind}-{i:04d}" for kind in ("noise", "music", "speech") for i in range(12)]
+    write_tar(host / "musan.tar.gz", [(f"musan/{name}.wav", wav(i, 400)) for i, name in enumerate(names)])
+    with zipfile.ZipFile(host / "rirs_noises.zip", "w") as file:
+        for i in range(40):
+            file.writestr(
+                f"RIRS_NOISES/simulated_rirs/smallroom/Room{i // 4:03d}/Room{i // 4:03d}-{i:05d}.wav", wav(i, 400)
+            )
+    write_sums(host)
+    assert run(host, tmp_path / "a", "all", "--test-share", "0.3") == 0
+    parts = {name: set(audio(open_shards(tmp_path / "a" / "shards" / name))) for name in musan_parts()}
+    assert parts["musan"] | parts["musan_test"] == set(names) and not parts["musan"] & parts["musan_test"]
+    assert 4 <= len(parts["musan_test"]) <= 18
+    rooms = [{key.split("/")[2] for key in parts[name]} for name in ("rirs", "rirs_test")]
+    assert not rooms[0] & rooms[1] and len(rooms[0] | rooms[1]) == 10 and len(rooms[1]) >= 1
+    # The split belongs to the names: what is left out elsewhere changes nothing for the others.
+    assert {name for name in names if musan.for_test(name, 0.3)} == parts["musan_test"]
+    assert parts["musan_test"] >= {name for name in names if musan.for_test(name, 0.1)}
+
+
+def musan_parts():
+    return ["musan", "musan_test", "rirs", "rirs_test"]

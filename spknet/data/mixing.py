@@ -1,0 +1,110 @@
+"""Augmentation's half on the device: speed, reverberation, noise, level, gain, channel, in this order.
+
+What is drawn comes from the loader as index tensors whose sizes the host knows, so nothing here waits for the device. The
+noise's level: with P the mean square, floor as the preset says, the noise is multiplied by
+sqrt((P_speech + floor) / (P_noise + floor) / 10^(SNR / 10)), where speech is what stands there, reverberated or not.
+
+    waves = mix(batch.crops, batch.augment, samples=32000, dtype=torch.float32)  # (n, samples) in [-1, 1]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spknet.data import dither
+from spknet.data.channel import convolve, low_pass, resampler, telephone
+from spknet.data.presets import PEAK_FLOOR
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What `mix` must know of a batch besides tensors; rir, level and power_floor as in AugmentConfig."""
+
+    rate: int = 16000  # Hz
+    layers: tuple[int, ...] = ()  # rows of `noise` that are added together, no utterance twice in one; empty: all
+    rir: str = "aligned"
+    level: str = "kept"
+    power_floor: float = 0.0
+    dither: float = 0.0  # steps of 16-bit samples
+
+
+def mix(crops: torch.Tensor, augment: dict[str, torch.Tensor], samples: int, dtype: torch.dtype) -> torch.Tensor:
+    """Augmented waves in [-1, 1], (n, samples), of int16 crops (n, >= samples) and the tensors of `Augmenter.read`."""
+    how = augment.get("mixing", Mixing())
+    waves = crops.to(dtype) / 32768
+    if "speed" in augment:
+        waves = _change_speed(waves, augment, samples)
+    before = waves = waves[:, :samples]
+    if len(augment.get("rir", ())):
+        reverberate = _reverberate if how.rir == "aligned" else _convolve_unit_energy
+        waves = waves.index_copy(0, augment["rir_of"], reverberate(waves[augment["rir_of"]], augment["rir"].to(dtype)))
+    if len(augment.get("noise", ())):
+        waves = _add_noise(waves, augment, how)
+    if "augmented" in augment:
+        waves = torch.where(augment["augmented"][:, None], _levelled(waves, before, how.level), waves)
+    if "gain_db" in augment:
+        waves = _gain(waves, augment["gain_db"].to(dtype))
+    if len(augment.get("lowpass_of", ())):
+        these = augment["lowpass_of"]
+        waves = waves.index_copy(0, these, low_pass(waves[these], augment["lowpass_hz"].to(dtype) / how.rate))
+    if len(augment.get("telephone_of", ())):
+        these = augment["telephone_of"]
+        waves = waves.index_copy(0, these, telephone(waves[these], augment["telephone_law"], how.rate))
+    if "dither" in augment:
+        waves = dither.add(waves, augment["dither"], how.dither)
+    return waves
+
+
+def _power(waves: torch.Tensor) -> torch.Tensor:
+    return waves.square().mean(dim=1, keepdim=True)
+
+
+def _add_noise(waves: torch.Tensor, augment: dict[str, torch.Tensor], how: Mixing) -> torch.Tensor:
+    clean, floor = waves, how.power_floor
+    first = 0
+    for size in how.layers or (len(augment["noise"]),):
+        rows = slice(first, first + size)
+        these, first = augment["noise_of"][rows], first + size
+        noise = augment["noise"][rows].to(waves.dtype) / 32768
+        ratio = (_power(clean[these]) + floor) / (_power(noise) + floor).clamp_min(1e-10)
+        ratio = ratio / 10 ** (augment["noise_snr"][rows].to(waves.dtype)[:, None] / 10)
+        waves = waves.index_copy(0, these, waves[these] + noise * ratio.sqrt())
+    return waves
+
+
+def _reverberate(waves: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
+    # The direct sound (the largest value) stays where the speech was, and the level is kept.
+    n = waves.shape[1] + responses.shape[1]
+    direct = responses.abs().argmax(dim=1)
+    wet = torch.fft.irfft(torch.fft.rfft(waves, n) * torch.fft.rfft(responses, n), n)
+    places = direct[:, None] + torch.arange(waves.shape[1], device=waves.device)
+    wet = wet.gather(1, places)
+    return wet * (_power(waves) / _power(wet).clamp_min(1e-10)).sqrt()
+
+
+def _convolve_unit_energy(waves: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
+    # As WeSpeaker and voxceleb_trainer have it: the speech is delayed by the direct sound's way, the level changes.
+    energy = responses.square().sum(dim=1, keepdim=True).clamp_min(1e-10)
+    return convolve(waves, responses / energy.sqrt())[:, : waves.shape[1]]
+
+
+def _levelled(waves: torch.Tensor, before: torch.Tensor, level: str) -> torch.Tensor:
+    if level == "peak":
+        return waves / (waves.abs().amax(dim=1, keepdim=True) + PEAK_FLOOR)
+    return waves * (_power(before) / _power(waves).clamp_min(1e-10)).sqrt()
+
+
+def _gain(waves: torch.Tensor, gain_db: torch.Tensor) -> torch.Tensor:
+    peak = waves.abs().amax(dim=1, keepdim=True)
+    return waves * torch.minimum(10 ** (gain_db[:, None] / 20), 1 / peak.clamp_min(1e-10))
+
+
+def _change_speed(waves: torch.Tensor, augment: dict[str, torch.Tensor], samples: int) -> torch.Tensor:
+    out = waves[:, :samples].clone()
+    for name, these in augment.items():
+        if name.startswith("speed_of_") and len(these):
+            changed = resampler(int(name.removeprefix("speed_of_")), 100, waves.dtype, waves.device)(waves[these])
+            out[these] = changed[:, :samples]
+    return out

@@ -1,0 +1,100 @@
+"""The mean of the last epochs' weights, or their exponential moving average, kept beside the weights that are trained.
+
+    train.average_epochs K   the mean of the weights at the ends of the last K epochs: at steps T, T - B, ..., T - (K - 1) B
+                             of a run of T steps, B an epoch (WeSpeaker's avg_model; SWA, Izmailov et al. 2018)
+    train.ema d              a <- d_t a + (1 - d_t) w after each step t, d_t = min(d, (1 + t) / (10 + t))
+
+BatchNorm's statistics are averaged like weights; counters are those of the last step. A run that continues with another
+length begins its mean anew where the last K epochs of the new length begin. Everything is in the checkpoint: a run that is
+killed goes on to the same bits. Evaluation during training sees the average as soon as there is one.
+
+    averaging = Averaging(config.train, task, steps_per_epoch, total_steps)
+    averaging.update(step)                  # after each optimizer step, `step` of them done
+    with averaging.applied(): evaluate(task.model)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from spknet.checkpoints.averages import averaged
+from spknet.config import ConfigError, TrainConfig
+
+
+class Averaging:
+    """Averages of one module; does nothing with both options at 0. Raises ConfigError where both are given."""
+
+    def __init__(self, config: TrainConfig, module: nn.Module, steps_per_epoch: int, total_steps: int):
+        if config.average_epochs < 0 or not 0 <= config.ema < 1:
+            raise ConfigError(
+                f"train.average_epochs={config.average_epochs} is at least 0, train.ema={config.ema} in [0, 1)"
+            )
+        if config.average_epochs and config.ema:
+            raise ConfigError(
+                f"train.average_epochs={config.average_epochs} and train.ema={config.ema}: give one of the two"
+            )
+        self.module, self.decay = module, config.ema
+        self.kind = "ema" if config.ema else "mean"
+        ends = range(total_steps, 0, -steps_per_epoch)[: config.average_epochs]
+        self.planned = sorted(ends)  # steps after which the mean takes the weights in
+        self.steps: list[int] = []
+        self.weights: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes the module's weights in where they are due."""
+        if self.kind == "ema" and self.decay:
+            self._move(step)
+        elif step in self.planned:
+            self._add(step)
+
+    def _move(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in self.module.state_dict().items():
+            if name not in self.weights or not value.is_floating_point():
+                self.weights[name] = value.detach().clone()
+            else:
+                self.weights[name].lerp_(value, 1 - decay)
+        self.steps = [step]
+
+    def _add(self, step: int) -> None:
+        if self.steps != [planned for planned in self.planned if planned < step][-len(self.steps) :]:
+            self.steps, self.weights = [], {}  # of a run with another length
+        for name, value in self.module.state_dict().items():
+            if name not in self.weights or not value.is_floating_point():
+                self.weights[name] = value.detach().clone()
+            else:
+                self.weights[name].add_(value)
+        self.steps = [*self.steps, step]
+
+    @contextlib.contextmanager
+    def applied(self):
+        """The module has the averaged weights inside, where there are some, and its own ones again afterwards."""
+        means = averaged(self.state())
+        if means is None:
+            yield False
+            return
+        own = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+        self.module.load_state_dict(means)
+        try:
+            yield True
+        finally:
+            self.module.load_state_dict(own)
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint holds; None where nothing is averaged."""
+        if not self.decay and not self.planned:
+            return None
+        return {"kind": self.kind, "steps": list(self.steps), "weights": self.weights}
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Continues from what `state` gave. An average of another kind is not continued."""
+        if state is None or self.state() is None or state["kind"] != self.kind:
+            return
+        own = self.module.state_dict()
+        self.steps = list(state["steps"])
+        self.weights = {name: value.to(own[name].device) for name, value in state["weights"].items() if name in own}
