@@ -20,8 +20,9 @@ from spknet.evaluate import evaluation, groups, report
 from spknet.evaluate.bootstrap import REPLICATES
 from spknet.evaluate.calibration import MEASURES, QUALITIES
 from spknet.evaluate.commands import Parser, at_least, check_file, check_writable
-from spknet.evaluate.evaluation import Asked, Extracted, check_asked, extract, how_of, score, system_of, untrained
-from spknet.evaluate.lists import Cohort, Lists, read_lists
+from spknet.evaluate.evaluation import Asked, evaluate, how_of, system_of, untrained
+from spknet.evaluate.lists import Cohort, Lists, open_lists, read_lists
+from spknet.evaluate.report import Report
 from spknet.evaluate.systems import PRESETS, System
 from spknet.evaluate.trials import read_speakers
 from spknet.parallel.ranks import ranks
@@ -113,13 +114,22 @@ def system(chosen: argparse.Namespace, config: Config, cohort) -> System:
     )
 
 
-def asked(chosen: argparse.Namespace, config: Config) -> Asked:
+def asked(chosen: argparse.Namespace, config: Config, facts: dict) -> Asked:
+    """What the report is to contain; before anything is embedded, can the results be written at all?"""
+
+    def look(_lists) -> None:
+        check_writable(chosen.out)
+        if config.eval.scores:
+            check_file(config.eval.scores)
+
     return Asked(
         metrics=config.eval.metrics,
         bootstrap=chosen.bootstrap,
         by=tuple(chosen.by),
         metadata=groups.read_metadata(chosen.metadata) if chosen.metadata else None,
         speakers=read_speakers(chosen.utt2spk) if chosen.utt2spk else None,
+        ready=look,
+        keep=(lambda rows, cohort: kept.keep(chosen.out, rows, facts, cohort)) if chosen.keep_embeddings else None,
     )
 
 
@@ -151,14 +161,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _check_targets(lists: Lists, chosen: argparse.Namespace, config: Config) -> None:
-    """The last look before hours of work: can what is asked for be said, and the results be written?"""
-    check_asked(lists, asked(chosen, config))
-    check_writable(chosen.out)
-    if config.eval.scores:
-        check_file(config.eval.scores)
-
-
 def _score_again(chosen: argparse.Namespace, argv: list[str] | None) -> None:
     """Scores lists from kept embeddings."""
     embedded, means, facts = kept.load(chosen.embeddings)
@@ -168,32 +170,31 @@ def _score_again(chosen: argparse.Namespace, argv: list[str] | None) -> None:
     loss = dataclasses.replace(LossConfig(), name=facts["loss"])
     config = with_options(Config(loss=loss, eval=EvalConfig(**settings)), chosen)
     lists = read_lists(config.eval.trials, config.eval.dev_trials, chosen.enrolment)
-    asks = system(chosen, config, means)
-    lists = evaluation.ready(embedded, lists, asks)
-    _check_targets(lists, chosen, config)
-    _tell(chosen, argv, config, facts, Extracted(lists, embedded, asks, {}))
+    result = evaluate(embedded, lists, system(chosen, config, means), asked=asked(chosen, config, facts))
+    _tell(chosen, argv, config, facts, result)
 
 
 def _extract_and_score(chosen: argparse.Namespace, argv: list[str] | None, device: torch.device) -> None:
     """Embeds what the lists need, on all ranks, and scores on rank 0."""
     model, config, meta = load_network(chosen.checkpoint, device, weights=getattr(chosen, "weights", None))
-    config = with_options(config, chosen)
-    rate = model.sample_rate
-    lists = on_first("reading the lists", lambda: evaluation.check(config, chosen.enrolment, rate), share=False)
+    config, rate = with_options(config, chosen), model.sample_rate
+    facts = on_first("reading the checkpoint", lambda: facts_of(chosen, config, meta) | {"sample_rate": rate})
+    asks = on_first("reading the options", lambda: asked(chosen, config, facts), share=False)
     beside = {"untrained": untrained(model, config.train.seed)} if chosen.untrained else {}
     how = dataclasses.replace(how_of(config, rate), bf16=chosen.precision == "bf16")
-    asks = system(chosen, config, cohort(chosen, config, meta))
-    found = extract(model, lists, asks, how, beside, lambda lists: _check_targets(lists, chosen, config))
-    facts = facts_of(chosen, config, meta) | {"sample_rate": rate}
-    on_first("scoring", lambda: _tell(chosen, argv, config, facts, found), share=False)
+    scoring = system(chosen, config, cohort(chosen, config, meta))
+    where = {"root": config.eval.root, "shards": config.eval.shards, "sample_rate": rate}
+
+    def opens() -> Lists:
+        return open_lists(config.eval.trials, config.eval.dev_trials, **where, enrolment=chosen.enrolment)
+
+    result = evaluate(model, opens, scoring, how, asks, beside)
+    on_first("reporting", lambda: _tell(chosen, argv, config, facts, result), share=False)
 
 
-def _tell(chosen: argparse.Namespace, argv: list[str] | None, config: Config, facts: dict, found: Extracted) -> None:
-    """Scores, reports and prints, on rank 0."""
+def _tell(chosen: argparse.Namespace, argv: list[str] | None, config: Config, facts: dict, result: Report) -> None:
+    """Writes and prints the report, on rank 0."""
     out_dir = Path(chosen.out)
-    if chosen.keep_embeddings:
-        kept.keep(out_dir, found.embedded, facts, found.system.cohort if found.system.wants_cohort else None)
-    result = score(found, asked(chosen, config))
     result.facts, result.made = facts | result.facts, report.made(argv)
     result.write(out_dir, pictures=not chosen.no_pictures)
     evaluation.keep_scores(config, out_dir)

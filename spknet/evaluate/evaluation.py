@@ -51,6 +51,10 @@ class Asked:
     by: tuple[str, ...] = ()
     metadata: tuple | None = None  # spknet.evaluate.groups.read_metadata's
     speakers: dict[str, str] | None = None  # utterance or model -> speaker, where names do not tell
+    ready: Callable[[Lists], None] | None = None  # called on rank 0 before anything is embedded: a last look
+    keep: Callable[[Embedded, np.ndarray | None], None] | None = (
+        None  # called there before scoring with what was embedded
+    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Extracted:
 
 def evaluate(
     network: torch.nn.Module | Embedded,
-    lists: Lists | str | list[str] | None,
+    lists: Lists | Callable[[], Lists | None] | str | list[str] | None,
     system: System | None = None,
     how: Embedding | None = None,
     asked: Asked | None = None,
@@ -73,49 +77,39 @@ def evaluate(
 ) -> Report | None:
     """The report of a network on trial lists; on rank 0, None elsewhere. Called on all ranks. Of embeddings: on one rank.
 
-    lists: of `open_lists`, or paths of lists of absolute names; looked at on rank 0 only. how: asks of embedding. beside:
-    networks that are scored plainly too. Raises UserErrors (everything that can be wrong is looked at before embedding), and
-    Stopped where how.stop says so.
+    lists: of `open_lists`, a function that opens them, or paths of lists of absolute names; looked at on rank 0 only. how:
+    of embedding. beside: networks that are scored plainly too. Raises UserErrors (everything that can be wrong is looked at
+    before embedding), and Stopped where how.stop says so.
     """
     system, how, asked = system or System(), how or Embedding(), asked or Asked()
     if isinstance(network, Embedded):
-        lists = ready(network, lists, system)
-        check_asked(lists, asked)
-        return score(Extracted(lists, network, system, {}), asked)
-    extracted = extract(network, lists, system, how, beside, lambda lists: check_asked(lists, asked))
+        opened = ready(network, lists, system, asked)
+        return score(Extracted(opened, network, system, {}), asked)
+    extracted = extract(network, lambda: ready(network, lists, system, asked), system, how, beside or {})
     return on_first("scoring", lambda: score(extracted, asked), share=False)
 
 
-def extract(
-    network, lists, system: System, how: Embedding, beside: dict | None = None, before: Callable | None = None
-) -> Extracted | None:
-    """The first half of `evaluate`: everything embedded. before: called with the lists on rank 0, ahead of embedding."""
-
-    def prepare() -> Lists:
-        found = ready(network, lists, system)
-        if before is not None:
-            before(found)
-        return found
-
-    system = system if system.threads else replace(system, threads=torch.get_num_threads())
-    places = None
+def extract(network, opens: Callable[[], Lists], system: System, how: Embedding, beside: dict) -> Extracted | None:
+    """The first half of `evaluate`: everything embedded. opens: called on rank 0."""
+    system, places = system if system.threads else replace(system, threads=torch.get_num_threads()), None
     if system.wants_cohort:
         places = on_first("looking for the cohort", lambda: _cohort_places(system, network.sample_rate))
-    opened = on_first("reading the lists", prepare, share=False)
-    embedded = _embed_lists(network, opened, how, "utterances")
+    lists = on_first("reading the lists", opens, share=False)
+    embedded = _embed_lists(network, lists, how, "utterances")
     if places is not None:
         roots, where, of = places
         rows = embed(network, Sources(*roots, network.sample_rate), where, how, "cohort")
         system = replace(system, cohort=None if rows is None else cohort.speaker_means(rows, of, system.normalize))
-    others = {name: _embed_lists(other, opened, how, name) for name, other in (beside or {}).items()}
-    return None if opened is None else Extracted(opened, embedded, system, others)
+    others = {name: _embed_lists(other, lists, how, name) for name, other in beside.items()}
+    return None if lists is None else Extracted(lists, embedded, system, others)
 
 
-def ready(network, lists, system: System) -> Lists:
+def ready(network, lists, system: System, asked: Asked) -> Lists:
     """The lists, once everything that can be wrong with them and with the system has been looked at."""
     system.check()
     kept = isinstance(network, Embedded)
-    if lists is None:
+    lists = lists() if callable(lists) else lists
+    if lists is None or (isinstance(lists, Lists) and not lists.lists):
         raise TrialError("no list to evaluate: the run names none; give --trials LIST --root FOLDER")
     if not isinstance(lists, Lists):
         lists = read_lists(lists) if kept else open_lists(lists, sample_rate=network.sample_rate)
@@ -127,6 +121,9 @@ def ready(network, lists, system: System) -> Lists:
             )
     if system.calibration is True and lists.dev is None:
         raise ScoringError("calibration is learned on development trials with labels; give --dev_trials LIST")
+    _check_breakdown(lists, asked)
+    if asked.ready is not None:
+        asked.ready(lists)
     return lists
 
 
@@ -153,7 +150,7 @@ def _embed_lists(model: torch.nn.Module, lists: Lists | None, how: Embedding, wh
     return None if rows is None else Embedded(rows, lists.rows, places.samples, sources.sample_rate)
 
 
-def check_asked(lists: Lists, asked: Asked) -> None:
+def _check_breakdown(lists: Lists, asked: Asked) -> None:
     """Raises TrialError for breakdowns that cannot be."""
     if asked.by and not asked.metadata:
         raise TrialError("--by names columns of a CSV; give it as --metadata FILE")
@@ -165,6 +162,8 @@ def check_asked(lists: Lists, asked: Asked) -> None:
 def score(extracted: Extracted, asked: Asked) -> Report:
     """The second half of `evaluate`: every list by every system, with its figures."""
     lists, embedded, system = extracted.lists, extracted.embedded, extracted.system
+    if asked.keep is not None:
+        asked.keep(embedded, system.cohort if system.wants_cohort else None)
     if system.calibration is True:
         system = system.learned(lists.dev, embedded)
     reports = []
@@ -271,10 +270,9 @@ def evaluate_network(
     test list (of the development list where there is no other), the same of the development list as "dev_eer", ..., and of
     every list under "lists"; {} on other ranks.
     """
-    rate = model.sample_rate
-    lists = on_first("reading the lists", lambda: trials or check(config, sample_rate=rate), share=False)
-    asked = Asked(metrics=config.eval.metrics, breakdown=False)
-    report = evaluate(model, lists, system_of(config), replace(how_of(config, rate), stop=stop), asked)
+    rate, asked = model.sample_rate, Asked(metrics=config.eval.metrics, breakdown=False)
+    how = replace(how_of(config, rate), stop=stop)
+    report = evaluate(model, lambda: trials or check(config, sample_rate=rate), system_of(config), how, asked)
 
     def finish() -> dict:
         report.facts = {"step": step} | report.facts

@@ -390,12 +390,3 @@ def test_enrolled_models_are_scored_from_the_command_line(run_dir, corpus, tmp_p
     assert run(*words, "--out", tmp_path / "out", "--bootstrap", 20, "--no_pictures") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["lists"][0]["trials"], report["lists"][0]["speakers"]) == (4, 2)
-
-
-def test_files_are_embedded_from_the_command_line(run_dir, corpus, tmp_path, capsys):
-    words = ["--checkpoint", str(run_dir), "--root", str(corpus), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    assert embed.main([*words, "--list", str(corpus / "train_list.txt")]) == 0
-    assert np.load(tmp_path / "out" / "embeddings.npy").shape == (60, 1, 16)
-    (tmp_path / "list").write_text("id0/nowhere.wav\n")
-    assert errors.run(embed.main, [*words, "--list", str(tmp_path / "list")]) == 2
-    assert "id0/nowhere.wav not found in" in capsys.readouterr().err
