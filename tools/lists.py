@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from shards import plan
+from shards import lists
 from shards.errors import UserError
 from shards.format import ShardError, atomic_write
 
@@ -117,7 +117,7 @@ def checked(pairs: Iterable[tuple[str, str]], root: Path) -> list[tuple[str, str
             raise ListError(
                 f"{path}: speaker {speaker!r} has spaces, which a list of `speaker path` cannot hold; rename it"
             )
-        _, key, source = plan.parse_line(f"{speaker} {path}".encode(), os.fspath(root))
+        _, key, source = lists.parse_line(f"{speaker} {path}", os.fspath(root))
         if not os.path.isfile(source):
             raise ListError(f"{source}: no such file (speaker {speaker}); correct the table or --root")
         if key in seen:

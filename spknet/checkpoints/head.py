@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from shards.format import atomic_write
-from spknet.checkpoints.file import CheckpointError, folder_of, read
+from spknet.checkpoints.file import CheckpointError, dump, folder_of, read
 from spknet.losses.sharded import Piece, Sharded
 from spknet.parallel.ranks import here
 from spknet.parallel.together import gather_objects, together
@@ -76,7 +76,7 @@ def _write_piece(folder: Path, head: Sharded, piece: Piece, optimizer: torch.opt
         "seen": piece.seen,
     }
     with atomic_write(folder / name) as file:
-        torch.save(content, file)
+        dump(content, file)
     return {"first": piece.first, "last": piece.last, "name": name, "bytes": os.stat(folder / name).st_size}
 
 

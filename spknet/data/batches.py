@@ -169,12 +169,7 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        try:
-            batch = next(self.iterator)
-        except RuntimeError as error:
-            if "worker" not in str(error):
-                raise
-            raise _lost(error, self.workers) from None
+        batch = next(self.iterator)
         if isinstance(batch, UserError):
             raise batch
         return batch
@@ -185,8 +180,14 @@ class Batches:
         del self.iterator
 
 
-def _lost(error: RuntimeError, workers: int) -> Exception:
+def of_loader(error: BaseException, workers: int) -> Exception | None:
+    """What a RuntimeError of torch's says of a loader process that ended; None for any other error.
+
+    torch raises it wherever the main thread happens to be when the process ends.
+    """
     said = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in said:
+        return None
     if "Bus error" in said or "shared memory" in said:
         return UserError(f"a loader process found /dev/shm full; {_remedy(workers)}")
     return LoaderLost(f"a loader process is gone ({said}); the run continues from its newest checkpoint")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from spknet.checkpoints.file import load_network
+from spknet.checkpoints.network import load_network
 from spknet.config import Config, EvalConfig, LossConfig
 from spknet.errors import run
 from spknet.evaluate import embeddings as kept

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from spknet.checkpoints.file import load_network
+from spknet.checkpoints.network import load_network
 from spknet.errors import run
 from spknet.evaluate import embeddings as kept
 from spknet.evaluate.commands import Parser, at_least, check_writable
@@ -224,8 +224,8 @@ def main(argv: list[str] | None = None) -> int:
             numbers = {name: i for i, name in enumerate(places.names)}
             kept.keep(chosen.out, Embedded(rows, numbers, places.samples, model.sample_rate), facts)
             print(f"{chosen.out}: {len(places.names)} utterances, {rows.shape[-1]} dimensions")
-            if places.converted:
-                print(f"note: {places.converted}")
+            if places.notes:
+                print(f"note: {places.notes}")
     return 0
 
 

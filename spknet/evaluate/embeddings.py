@@ -27,7 +27,7 @@ AGAIN = "make it again with `spknet evaluate --keep_embeddings` or `spknet embed
 
 
 def identity(meta: dict) -> dict:
-    """Which network it was: path, step and epoch of spknet.checkpoints.file.load_network, and the file's digest."""
+    """Which network it was: path, step and epoch of spknet.checkpoints.network.load_network, and the file's digest."""
     facts = {name: meta.get(name) for name in ("path", "step", "epoch")}
     return facts | {"checkpoint_sha256": _digest(Path(meta["path"]))}
 

@@ -19,7 +19,7 @@ import torch
 
 from shards.format import atomic_write
 from spknet import rng
-from spknet.checkpoints.file import load_network
+from spknet.checkpoints.network import load_network
 from spknet.config import Config
 from spknet.evaluate import bootstrap, cohort, groups, metrics, scoring
 from spknet.evaluate.commands import check_file
@@ -176,8 +176,8 @@ def score(extracted: Extracted, asked: Asked) -> Report:
     for one in labelled:
         _describe(one, dev, embedded, asked)
     report = Report(reports)
-    if lists.places is not None and lists.places.converted:
-        report.facts["converted"] = lists.places.converted
+    if lists.places is not None and lists.places.notes:
+        report.facts["audio"] = lists.places.notes
     if labelled:
         names = labelled[0].trials.utterances()
         rows = scoring.vectors(embedded.embeddings[[embedded.rows[name] for name in names]])

@@ -96,7 +96,7 @@ class Cohort:
 
     @classmethod
     def of_run(cls, config: Config, meta: dict, utterances: int = 10) -> Cohort:
-        """The training data of a network of spknet.checkpoints.file.load_network, without the speakers it kept out."""
+        """The training data of a network of spknet.checkpoints.network.load_network, without the speakers it kept out."""
         speakers, data = trained_speakers(config, meta), config.data
         known = None if speakers is None else tuple(speakers)
         return cls(data.train_shards, data.train_list, data.train_root, known, utterances)
@@ -142,7 +142,7 @@ class Cohort:
 
 
 def trained_speakers(config: Config, meta: dict) -> list[str] | None:
-    """The speakers that a network of spknet.checkpoints.file.load_network was trained on; None where its file does not say.
+    """The speakers that a network of spknet.checkpoints.network.load_network was trained on; None where its file does not say.
 
     Those kept out are the names in the checkpoint. Older ones lack them: there a number of speakers is drawn again, and a
     file is read again, which may have changed.

@@ -19,7 +19,7 @@ import numpy as np
 from shards.format import atomic_write
 from shards.reader import open_shards
 from spknet import rng
-from spknet.checkpoints.file import load_network
+from spknet.checkpoints.network import load_network
 from spknet.errors import run
 from spknet.evaluate import embeddings as kept
 from spknet.evaluate import scoring

@@ -246,7 +246,7 @@ def remarks(content: dict) -> list[str]:
 
 def text(content: dict) -> str:
     """The report for the terminal: the verdict, the table, the remarks."""
-    notes = [f"note: {said}" for said in remarks(content)]
+    notes = [f"note: {said}" for said in [*filter(None, [content.get("audio")]), *remarks(content)]]
     notes += (
         ["* fewer than 10 false alarms: unreliable"]
         if any("*" in cell for row in rows(content) for cell in row)

@@ -1,6 +1,6 @@
 """Where the utterances of lists lie, and what of each is embedded: packed data sets and folders of audio files, in this order.
 
-A name is looked for in each packed data set under its key (the name, or the name without its ending), then under each
+A name is looked for in each packed data set under its key (the name, or what packing makes of it: without its ending), then under each
 root: as it stands, then with another ending of ENDINGS. The first that has it wins. An absolute path needs no root; where
 roots are given, nothing outside them is read. Other formats, more channels and higher rates are converted, and counted.
 
@@ -11,15 +11,18 @@ roots are given, nothing outside them is read. Other formats, more channels and 
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-import soundfile
 
-from shards.audio import BY_FFMPEG, mismatch, read_audio
+from shards.archive import read_source
+from shards.audio import decode, read_audio
 from shards.format import ShardError
+from shards.headers import read_header
+from shards.lists import key_of_name
 from shards.reader import open_shards
 from spknet.config import ConfigError
 
@@ -77,7 +80,7 @@ class Places:
     names: list[str]
     where: list[tuple[int, int] | str | None]  # None: nowhere
     samples: np.ndarray  # (n,) int64, PCM samples; 0 where not looked at
-    converted: str = ""  # what was converted to mono, 16 bits and the rate, in words
+    notes: str = ""  # what was converted to mono, 16 bits and the rate, is silent, clipped or cancelled, in words
 
     def missing(self) -> list[str]:
         return [name for name, place in zip(self.names, self.where) if place is None]
@@ -126,7 +129,7 @@ class Sources:
         where: list = [None] * len(names)
         samples = np.zeros(len(names), dtype=np.int64)
         for number, data in enumerate(self.sets):
-            for form in (str, stem):
+            for form in (str, key_of_name):
                 wanted = [i for i, place in enumerate(where) if place is None]
                 rows = data.find([form(names[i]) for i in wanted]) if wanted else []
                 for i, row in zip(wanted, rows):
@@ -149,37 +152,34 @@ class Sources:
         with ThreadPoolExecutor(PROBES) as pool:
             measured = list(pool.map(lambda i: self._length(places.where[i]), files))
         samples[files] = [length for length, _ in measured]
-        kinds = [kind for _, kind in measured if kind]
-        said = [f"{kinds.count(kind)} files converted ({kind})" for kind in sorted(set(kinds))]
+        first: dict[str, list] = {}  # what was noted, how often, and the first file's name
+        for i, (_, notes) in zip(files, measured):
+            for note in notes:
+                first.setdefault(note, [0, places.names[i]])[0] += 1
+        said = [f"{count} files {note} (first: {name})" for note, (count, name) in sorted(first.items())]
         return Places(places.names, places.where, samples, "; ".join(said))
 
-    def _length(self, path: str) -> tuple[int, str]:
-        """(samples, what is converted) of a file from its header; where that is unusual, by decoding it (which names what
-        is wrong)."""
-        try:
-            header = soundfile.info(path)
-        except (soundfile.SoundFileError, RuntimeError):
-            return len(self._decoded(path)), os.path.splitext(path)[1].lower() if path.lower().endswith(
-                BY_FFMPEG
-            ) else ""
-        if header.samplerate < self.sample_rate:
+    def _length(self, path: str) -> tuple[int, list[str]]:
+        """(samples, what is to be told) of a file from its header; where that does not tell, by decoding it."""
+        header = read_header(path)
+        if header.samples and (header.rate, header.channels, header.bits) == (self.sample_rate, 1, 16):
+            return header.samples, []
+        pcm, notes = decode(read_source(path), path, self.sample_rate, convert=True)
+        rate = header.rate or int((re.search(r"(\d+) Hz to", notes.get("converted", "")) or [0, self.sample_rate])[1])
+        if rate < self.sample_rate:
             raise ShardError(
-                f"{path}: {header.samplerate} Hz, expected {self.sample_rate} Hz or more; made of fewer samples, its scores"
-                " would not be comparable"
+                f"{path}: {rate} Hz, expected {self.sample_rate} Hz or more; made of fewer samples, its scores would not be"
+                " comparable"
             )
-        kind = mismatch((header.samplerate, header.channels, header.subtype), self.sample_rate)
-        if not kind and header.format in ("WAV", "FLAC") and 0 < header.frames < 2**40:
-            return header.frames, ""
-        return len(self._decoded(path)), kind
-
-    def _decoded(self, path: str) -> np.ndarray:
-        return read_audio(path, self.sample_rate, convert=True)
+        return len(pcm) // 2, [f"converted: {said}" if kind == "converted" else kind for kind, said in notes.items()]
 
     def read(self, places: Places, index: int) -> np.ndarray:
         """(samples,) int16 of one utterance. Raises ShardError where it is damaged or no longer as long as it was."""
         place = places.where[index]
         loose = isinstance(place, str)
-        audio = self._decoded(place) if loose else self.sets[place[0]].read_utterance(place[1])
+        audio = (
+            read_audio(place, self.sample_rate, convert=True) if loose else self.sets[place[0]].read_utterance(place[1])
+        )
         if len(audio) != places.samples[index]:
             raise ShardError(
                 f"{places.names[index]}: {len(audio)} samples read, {places.samples[index]} when the lists were checked;"
@@ -189,7 +189,7 @@ class Sources:
 
 
 def stem(name: str) -> str:
-    """A name without its ending: the key it has in a packed data set."""
+    """A name without its ending."""
     return str(PurePosixPath(name).with_suffix("")) if PurePosixPath(name).suffix else name
 
 

@@ -25,7 +25,7 @@ from shards.format import atomic_write, remove_leftovers
 from spknet import config as configuration
 from spknet.checkpoints.file import remove_orphans
 from spknet.config import Config
-from spknet.data.batches import LoaderLost
+from spknet.data.batches import LoaderLost, of_loader
 from spknet.errors import INTERRUPTED, USAGE, UserError
 from spknet.messages import say
 from spknet.parallel.ranks import Ranks, here, join, meet
@@ -113,6 +113,8 @@ def _watched(run: Run, words, error: UserError | None, stop: StopSignals) -> int
 def _failed(run: Run, error: BaseException, watchdog: Watchdog) -> int:
     """Tells the other ranks, the user and state.json why this rank ends; returns the exit status."""
     me = here()
+    if run.config is not None:
+        error = of_loader(error, run.config.data.workers) or error
     everywhere = isinstance(error, (Failed, NonFiniteLoss)) or getattr(error, "everywhere", False)
     failure = Failure(sentence(error), 1, me.rank)
     if isinstance(error, NonFiniteLoss):

@@ -23,6 +23,7 @@ from spknet import rng
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints import head as pieces
 from spknet.checkpoints import voxceleb_trainer
+from spknet.checkpoints.resume import check_resume, load_head_by_speaker
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches
 from spknet.data.corpus import Corpus
@@ -111,7 +112,7 @@ class Trainer:
         with together("reading the checkpoint"):
             if path is not None:
                 state = checkpoint.read(path)
-                checkpoint.check_resume(state, path, self.config, self.corpus.fingerprint())
+                check_resume(state, path, self.config, self.corpus.fingerprint())
                 self._load(state, path)
                 say(f"continuing {path} at step {self.step}")
             elif c.initial_model:
@@ -130,7 +131,7 @@ class Trainer:
         elif "head" in state:
             raise checkpoint.CheckpointError(f"{path} has a head in pieces: continue with --loss.sharded true")
         else:
-            loss.load_state_dict(checkpoint.load_head_by_speaker(loss, state, *speakers) if moved else state["loss"])
+            loss.load_state_dict(load_head_by_speaker(loss, state, *speakers) if moved else state["loss"])
             self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.averaging.load(state.get("averaging"))

@@ -60,14 +60,14 @@ class Translation:
 
     def evaluate(self) -> int:
         """Does what `--eval` asks for: embeds, scores, prints EER and minDCF, never asks. Returns the exit status."""
-        from spknet.checkpoints import file as checkpoint
+        from spknet.checkpoints.network import load_network
         from spknet.evaluate import evaluation as evaluate
         from spknet.parallel.ranks import join
 
         config, out = self.config, Path(self.config.run_dir) / "eval" / "initial"
         with join(config.train.device, config.train.threads) as me:
             path = config.train.initial_model or config.run_dir
-            model, _, _ = checkpoint.load_network(path, me.device, model=config.model)
+            model, _, _ = load_network(path, me.device, model=config.model)
             found = evaluate.evaluate_network(model, config, out_dir=out)
             if me.first:
                 print(f"EER {found['eer']:.4f} %, minDCF(0.05) {found['min_dcf_p05']:.5f}; report: {out}")

@@ -10,6 +10,7 @@ import torch
 
 from spknet import config, errors
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints.network import load_network
 from spknet.config import ConfigError
 from spknet.evaluate import __main__ as command
 from spknet.evaluate import compare, evaluation, lists, make_trials, plots, report
@@ -183,7 +184,7 @@ def test_a_cohort_may_be_named_by_its_run(run_dir, corpus, tmp_path):  # noqa: F
 
 def evaluation_cohort(run, model):
     """The same means by hand: at most ten utterances of each of the eight speakers that the run was trained on."""
-    _, c, meta = checkpoint.load_network(run)
+    _, c, meta = load_network(run)
     places, of = lists.Cohort.of_run(c, meta).places(16000)
     sources = lists.Sources(None, c.data.train_root)
     waves = [np.resize(sources.read(places, i), max(8000, places.samples[i])) / 32768 for i in range(len(of))]

@@ -326,4 +326,4 @@ def test_recipes_of_the_papers_grid_build():
             assert c.data.crop_seconds == 2.015 and c.eval.crop_seconds == 4.015  # 200 and 400 frames
             build_loss(c.loss, c.model.embedding_size, 10, c.data.utterances_per_speaker)
     balanced = parse(["--config", "balanced"])
-    assert (balanced.data.speakers_per_batch, balanced.data.utterances_per_speaker) == (400, 2)
+    assert (balanced.data.speakers_per_batch, balanced.data.utterances_per_speaker) == (384, 2)

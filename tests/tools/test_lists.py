@@ -2,7 +2,7 @@
 
 import pytest
 
-from shards import plan
+from shards import lists
 from tools import lists
 
 FILES = ["spk1/s1/a.wav", "spk1/s2/b.wav", "spk2/s1/a.wav", "spk2/s1/notes.txt", "readme.md"]
@@ -32,7 +32,7 @@ def test_pattern_finds_the_speaker_in_each_path(root, capsys):
         "2 speakers, 3 utterances: 1 to 2 a speaker, median 1.5; 1 speakers with a single one"
         in capsys.readouterr().out
     )
-    assert [key for _, key, _ in plan.read_list(root.parent / "list.txt", root)] == [
+    assert [key for _, key, _ in lists.read_list(root.parent / "list.txt", root)] == [
         "spk1/s1/a",
         "spk1/s2/b",
         "spk2/s1/a",

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from spknet.checkpoints.averages import with_averages
-from spknet.checkpoints.file import load_network, path_of
+from spknet.checkpoints.file import path_of
+from spknet.checkpoints.network import load_network
 from spknet.config import ConfigError, TrainConfig
 from spknet.train.averaging import Averaging
 from spknet.train.metrics_log import read_metrics

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shards.pack import pack
-from spknet.checkpoints.file import load_network
+from spknet.checkpoints.network import load_network
 from spknet.losses.sharded import Sharded
 from spknet.train.__main__ import main
 from spknet.train.metrics_log import read_metrics
