@@ -41,7 +41,7 @@ from spknet.models.pooling import POOLINGS, fewest_frames
 class Network(nn.Module):
     """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size).
 
-    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks. Raises ConfigError for a variant it does not have.
+    masks (batch, 2 K, 2): SpecAugment, see spknet.models.features.apply_masks. Raises ConfigError for a variant it does not have.
     """
 
     encoders: tuple[str, ...] = tuple(POOLINGS)
@@ -96,7 +96,7 @@ class Network(nn.Module):
             )
         x = repeat_frames(features, self.fewest_frames).mT
         x = self.frames(x) if lengths is None else self.frames(x, lengths)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             x = x.to(next(self.parameters()).dtype)
             return self.embed_frames(x) if lengths is None else self.embed_frames(x, lengths)
 

@@ -22,7 +22,8 @@ from spknet import rng
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints import head as pieces
 from spknet.checkpoints import voxceleb_trainer
-from spknet.checkpoints.resume import check_resume, load_head_by_speaker, load_optimizer
+from spknet.checkpoints.heads import load_head_by_speaker
+from spknet.checkpoints.resume import check_resume, load_optimizer
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches
 from spknet.data.corpus import Corpus
@@ -38,7 +39,7 @@ from spknet.parallel.ranks import Ranks
 from spknet.parallel.together import agree, gather_objects, on_first, together
 from spknet.train import run_folder
 from spknet.train.averaging import Averaging
-from spknet.train.optim import build_optimizer, clip_gradients, finite_gradients, learning_rate, margin
+from spknet.train.optim import build_optimizer, clip_gradients, finite_gradients, learning_rate, margin, set_rate
 from spknet.train.step import SpeakerTask, prepare, step_at_once, step_in_chunks, train_batchnorm
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Trainer:
         self.task = SpeakerTask(model, loss, per_speaker, c.train.precision).to(self.me.device, self.dtype)
         if c.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
+        self.task.freeze(c.train.frozen)
         self.optimizer = build_optimizer(c.optim, model.parameters(), loss.parameters(), loss.shards())
         self.scaler = torch.amp.GradScaler(self.me.device.type, enabled=c.train.precision == "fp16")
         self.averaging = Averaging(c.train, self.task, self.steps_per_epoch, self.total_steps)
@@ -104,8 +106,8 @@ class Trainer:
                 for note in [f"continuing {path} at step {self.step}", *notes]:
                     say(note)
             elif c.initial_model:
-                notes = voxceleb_trainer.load_initial(self.task, c.initial_model, self.corpus, c.allow_partial)
-                for note in notes:
+                how = (c.allow_partial, c.initial_weights)
+                for note in voxceleb_trainer.load_initial(self.task, c.initial_model, self.corpus, *how):
                     say(note)
 
     def _load(self, state: dict, path: str) -> None:
@@ -119,7 +121,8 @@ class Trainer:
         elif "head" in state:
             raise checkpoint.CheckpointError(f"{path} has a head in pieces: continue with --loss.sharded true")
         else:
-            rows = load_head_by_speaker(loss, state, *speakers) if moved else state["loss"]
+            speeds = self.corpus.classes_per_speaker
+            rows = load_head_by_speaker(loss, state, *speakers, speeds) if moved else state["loss"]
             checkpoint.load_weights(loss, rows, f"{path}: the loss")
             load_optimizer(self.optimizer, state["optimizer"], path)
         self.scaler.load_state_dict(state["scaler"])
@@ -181,9 +184,7 @@ class Trainer:
     def _set_rates(self) -> None:
         c = self.config
         utterances = c.data.speakers_per_batch * c.data.utterances_per_speaker
-        rate = learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps, utterances)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps, utterances))
         self.task.loss.margin, self.task.loss.step = margin(c.loss, self.step, self.steps_per_epoch), self.step
 
     def _update(self, loss, accuracy, side: Sidelines, batch: Batch, waves) -> list[bool]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shards import make_lists
+from shards import lists, make_lists
 
 FILES = ["spk1/s1/a.wav", "spk1/s2/b.wav", "spk2/s1/a.wav", "spk2/s1/notes.txt", "readme.md"]
 

@@ -7,6 +7,7 @@ import sys
 
 BENCHMARKS = {
     "loader": "tools.bench.loader",
+    "augment": "tools.bench.augment",
     "exact": "tools.bench.exact",
     "head": "tools.bench.head",
     "score": "tools.bench.score",
