@@ -172,6 +172,8 @@ class Trainer:
                 self._set_rates()
                 inputs = prepare(batch, self.samples, self.dtype, self.me.device)
                 self.gradients.clear()
+                for rows in self.task.loss.shards():  # this rank's alone, and so not among those above
+                    rows.grad = None
                 if c.chunk:
                     loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, self.gradients, c.chunk)
                 else:
