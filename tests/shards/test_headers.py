@@ -1,5 +1,6 @@
 """Headers that lie or do not know: streams, odd chunks, files from pipes, cut containers. Every reader says the same of each."""
 
+import contextlib
 import shutil
 import struct
 import subprocess
@@ -50,7 +51,9 @@ WHOLE = {
     "an ID3v1 tag behind the data": stream(16000, b"TAG".ljust(128, b"x")),
     "odd size": stream(16001, pcm=PCM.tobytes() + b"\1"),
     "odd size from a pipe": stream(0xFFFFFFFF, pcm=PCM.tobytes() + b"\1")[:-1],
-    "chunks before the data": riff(LIST, chunk(b"fmt ", FORM), chunk(b"LIST", bytes(9001)), chunk(b"data", PCM.tobytes())),
+    "chunks before the data": riff(
+        LIST, chunk(b"fmt ", FORM), chunk(b"LIST", bytes(9001)), chunk(b"data", PCM.tobytes())
+    ),
     "extensible": riff(
         chunk(b"fmt ", struct.pack("<HHIIHHHHI", 0xFFFE, 1, 16000, 32000, 2, 16, 22, 16, 4) + GUID),
         chunk(b"data", PCM.tobytes()),
@@ -173,10 +176,8 @@ def test_a_flipped_bit_in_a_container_with_sums_is_refused_or_changes_nothing(sp
     for bit in draw.integers(0, 8 * len(data), 40).tolist():
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
-        try:
+        with contextlib.suppress(ShardError):
             assert bytes(audio.decode(bytes(flipped), "a", 16000, True).pcm) == whole
-        except ShardError:
-            pass
 
 
 def test_ogg_sums_are_those_of_a_published_page(speech):
@@ -258,7 +259,9 @@ def test_recordings_beyond_four_hours_are_refused(monkeypatch):
 
 
 def test_sphere_files_are_read_and_cut_ones_refused():
-    head = b"NIST_1A\n   1024\nsample_count -i 8000\nsample_n_bytes -i 2\nchannel_count -i 1\nsample_byte_format -s2 01\n"
+    head = (
+        b"NIST_1A\n   1024\nsample_count -i 8000\nsample_n_bytes -i 2\nchannel_count -i 1\nsample_byte_format -s2 01\n"
+    )
     head += b"sample_rate -i 16000\nsample_sig_bits -i 16\nsample_coding -s3 pcm\nend_head\n"
     data = head.ljust(1024, b" ") + PCM.tobytes()
     assert bytes(audio.decode(data, "a.wav", 16000).pcm) == PCM.tobytes()
