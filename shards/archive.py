@@ -18,11 +18,10 @@ import zipfile
 import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
-from shards.format import ShardError
+from shards.format import ShardError, read_bytes
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 UNSUPPORTED, MISSING, TAR, PLAIN = 252, 253, 254, 255  # beside zip's own methods
@@ -36,6 +35,11 @@ LOCATION = np.dtype(
     ]
 )
 SEPARATOR = "::"
+LARGEST = 2 << 30  # bytes of a file or member; an hour of 16 kHz audio has 115 MB
+LARGEST_RATIO, HARMLESS = (
+    100,
+    64 << 20,
+)  # a member that inflates further, and beyond these bytes, is a bomb; speech inflates 1.2 times
 
 
 def split(source: str) -> tuple[str, str | None]:
@@ -70,7 +74,8 @@ def _plain(path: str) -> tuple:
     except OSError:
         return (0, 0, 0, 0, MISSING)
     if not stat.S_ISREG(status.st_mode):
-        raise ShardError(f"{path} is not a regular file; expected audio")
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise ShardError(f"{path} is {kind}; expected audio")
     return (0, status.st_size, status.st_size, 0, PLAIN)
 
 
@@ -81,7 +86,7 @@ def _zip_members(archive: str) -> dict[str, tuple]:
             for info in file.infolist():
                 method = UNSUPPORTED if info.flag_bits & 1 else min(info.compress_type, UNSUPPORTED)
                 members[info.filename] = (info.header_offset, info.compress_size, info.file_size, info.CRC, method)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, IndexError) as error:
         raise ShardError(
             f"{archive}: not a readable zip ({error}); download it again or join its pieces first"
         ) from None
@@ -96,7 +101,7 @@ def _tar_members(archive: str) -> dict[str, tuple]:
                 if info.isreg():
                     members[info.name] = (info.offset_data, info.size, info.size, 0, TAR)
                 file.members = []
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise ShardError(f"{archive}: not a readable uncompressed tar ({error}); decompress it first") from None
     return members
 
@@ -108,9 +113,10 @@ def read_source(source: str, where: np.void | None = None) -> bytes:
         where = _located(source)
     if where["method"] == MISSING:
         raise ShardError(f"{source}: no such {'file' if member is None else 'member'}")
+    _check_size(source, where)
     if member is None:
         try:
-            return Path(archive).read_bytes()
+            return read_bytes(archive)
         except OSError as error:
             raise ShardError(f"{source}: not readable ({error.strerror})") from None
     offset, packed = int(where["offset"]), int(where["packed"])
@@ -123,6 +129,16 @@ def read_source(source: str, where: np.void | None = None) -> bytes:
     if len(data) != packed:
         raise ShardError(f"{source}: found {len(data)} bytes, expected {packed}; the archive is cut")
     return data if where["method"] == TAR else _unzip(source, data, where)
+
+
+def _check_size(source: str, where: np.void) -> None:
+    size, packed = int(where["size"]), int(where["packed"])
+    if size > LARGEST:
+        raise ShardError(f"{source}: {size} bytes, at most {LARGEST} are taken for a recording; cut it")
+    if size > HARMLESS and size > LARGEST_RATIO * packed:
+        raise ShardError(
+            f"{source}: {packed} bytes would unpack to {size}, over {LARGEST_RATIO} times as many: no recording"
+        )
 
 
 def _unzip(source: str, data: bytes, where: np.void) -> bytes:

@@ -1,10 +1,11 @@
 """A node-local copy of what lies on a shared file system: whole tars and the index, under names made from their content.
 
     CACHE/<16 hex of sha256>-train-000000.tar     a tar, sha256 checked while it was copied; renamed into place when it is whole
+    CACHE/<16 hex of sha256>-train-000000.tar.ok     size, times and inode of the copy when it was checked
     CACHE/<16 hex of sha256>-train-000000.tar.part   one that a process is copying, or left when it was killed; never read
-    CACHE/index-<16 hex>/                         the index files
+    CACHE/index-<16 hex>/                         the index files, and their .ok
 
-One process of a node copies a tar (flock on the .part file); the others read the source meanwhile. A name made from
+One process of a node copies a tar (flock on the .part file); the others read the source meanwhile. A copy that somebody wrote to since differs from its .ok, is checked again, and is copied again where it is damaged. A name made from
 content is never stale, so several data sets and several runs share a cache. What does not fit under the size limit stays
 at its source; nothing is evicted, since training touches all tars equally often.
 
@@ -13,10 +14,12 @@ Usage: cache = Cache("/local/scratch/spknet", limit_gib=500); path = cache.tar(P
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import queue
+import stat
 import tempfile
 import threading
 import warnings
@@ -48,7 +51,7 @@ class Cache:
 
     def __init__(self, folder: str | Path, limit_gib: float = 0.0, copy: bool = True):
         self.folder, self.limit = Path(folder), int(limit_gib * 2**30)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._copies = copy
         self._queue: queue.SimpleQueue | None = None
         self._asked: set[str] = set()
@@ -67,7 +70,7 @@ class Cache:
     def tar(self, source: Path, entry: dict) -> Path:
         """The path to read a tar from: the copy where it is whole, else the source (and the copy is asked for)."""
         path = self.path(entry)
-        if _has_size(path, entry["filesize"]):
+        if _is_checked(path, entry["filesize"]):
             return path
         if self._copies:
             self._ask(source, entry)
@@ -99,24 +102,30 @@ class Cache:
         Raises ShardError where the source's size or sha256 is not that of the index.
         """
         path = self.path(entry)
-        if _has_size(path, entry["filesize"]):
+        if _is_checked(path, entry["filesize"]):
             return True
         part = path.with_name(path.name + ".part")
-        fd = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
             except BlockingIOError:
                 return False
-            if _has_size(path, entry["filesize"]):
+            if _is_checked(path, entry["filesize"]):
                 return True
             if not _same_file(fd, part):  # whoever held the lock has renamed or removed it
                 return self.copy(source, entry, progress, block)
+            if _is_whole(path, entry):  # of an older cache, or touched
+                part.unlink(missing_ok=True)
+                _mark_checked(path)
+                return True
+            path.unlink(missing_ok=True)
             if not self._reserve(fd, entry["filesize"]):
                 part.unlink(missing_ok=True)
                 return False
             _copy_checked(source, entry, fd, progress)
             os.replace(part, path)
+            _mark_checked(path)
             return True
         finally:
             os.close(fd)
@@ -137,12 +146,29 @@ class Cache:
 
     def used(self) -> int:
         """Bytes that the cache holds or has reserved."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        total = 0
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+                    total += os.stat(os.path.join(folder, name)).st_size
+        return total
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a cache. Raises ShardError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ShardError(f"cache folder {folder}: {error.strerror}; give another one (--data.cache_dir)") from None
 
 
 def _copy_checked(source: Path, entry: dict, fd: int, progress) -> None:
     digest, position = hashlib.sha256(), 0
-    with open(source, "rb", buffering=0) as file:
+    try:
+        opened = format.open_regular(source)
+    except FileNotFoundError:
+        raise ShardError(f"{source} is missing; copy or pack it again") from None
+    with opened as file:
         while piece := file.read(PIECE):
             if position + len(piece) > entry["filesize"]:
                 break
@@ -159,10 +185,30 @@ def _copy_checked(source: Path, entry: dict, fd: int, progress) -> None:
     os.fsync(fd)
 
 
-def _has_size(path: Path, size: int) -> bool:
+def _stamp(path: Path) -> str:
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+
+
+def _is_checked(path: Path, size: int) -> bool:
+    """Whether a copy is the one that was checked, and nobody wrote to it since."""
     try:
-        return path.stat().st_size == size
-    except FileNotFoundError:
+        ok = format.read_bytes(path.with_name(path.name + ".ok"))
+        return path.stat().st_size == size and ok.decode("ascii", "replace") == _stamp(path)
+    except (FileNotFoundError, ShardError):
+        return False
+
+
+def _mark_checked(path: Path) -> None:
+    with format.atomic_write(path.with_name(path.name + ".ok")) as file:
+        file.write(_stamp(path).encode())
+
+
+def _is_whole(path: Path, entry: dict) -> bool:
+    """Whether a copy has the content that it should have: by reading it."""
+    try:
+        return path.stat().st_size == entry["filesize"] and format.sha256_file(path) == entry["sha256"]
+    except (FileNotFoundError, ShardError):
         return False
 
 
@@ -196,22 +242,37 @@ def local_index(folder: Path, meta: dict, cache_dir: str | Path | None) -> Path:
     """
     if cache_dir is None and not is_network(folder):
         return folder
-    base = Path(cache_dir) if cache_dir is not None else Path(tempfile.gettempdir()) / f"spknet-{os.getuid()}"
-    base.mkdir(parents=True, exist_ok=True, mode=0o700)
+    base = Path(cache_dir) if cache_dir is not None else _private(Path(tempfile.gettempdir()) / f"spknet-{os.getuid()}")
     local = base / f"index-{meta['checksum'][:16]}"
-    local.mkdir(exist_ok=True)
+    make_folder(local)
     with open(base / f".{local.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for name, entry in meta["files"].items():
-            if not _has_size(local / name, entry["filesize"]):
-                _copy_index_file(folder / name, local / name, entry)
+            copy = local / name
+            # The small ones are read as a whole when they are opened; they may as well be checked here.
+            if not _is_whole(copy, entry) if entry["filesize"] < PIECE else not _is_checked(copy, entry["filesize"]):
+                if not _is_whole(copy, entry):
+                    _copy_index_file(folder / name, copy, entry)
+                _mark_checked(copy)
     return local
+
+
+def _private(folder: Path) -> Path:
+    """A folder in the temporary one that nobody else can write to: what lies there is believed."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise ShardError(
+            f"{folder} is not a folder of this user that others cannot write to; remove it, or give a folder with --data.cache_dir"
+        )
+    return folder
 
 
 def _copy_index_file(source: Path, target: Path, entry: dict) -> None:
     digest = hashlib.sha256()
     try:
-        with open(source, "rb") as file, format.atomic_write(target) as copy:
+        with format.open_regular(source) as file, format.atomic_write(target) as copy:
             while piece := file.read(PIECE):
                 digest.update(piece)
                 copy.write(piece)

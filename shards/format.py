@@ -13,10 +13,12 @@ from __future__ import annotations
 import ast
 import binascii
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
 import re
+import stat
 import struct
 import tempfile
 from pathlib import Path
@@ -30,6 +32,9 @@ CODECS = ("wav", "flac")
 BLOCK = 512  # tar block, bytes
 WAV_HEADER = 44  # bytes before the first PCM byte of a canonical RIFF file
 TAR_END = bytes(2 * BLOCK)
+IDENTITY = (
+    b"spknet-shards identity\n"  # first line of a tar's last block, behind TAR_END, where no reader of tars looks
+)
 MAX_KEY = 95  # KEY.flac then fits the 100 bytes of a USTAR name, and no prefix field is needed
 MAX_SAMPLES = (2**32 - 1 - WAV_HEADER) // 2
 
@@ -134,6 +139,11 @@ def tar_header(name: bytes | str, size: int) -> bytes:
     return header[:148] + b"%06o\0 " % sum(header) + header[156:]
 
 
+def identity_block(sha256: str) -> bytes:
+    """The last block of a tar. sha256: hex, of all bytes before it."""
+    return (IDENTITY + sha256.encode() + b"\n").ljust(BLOCK, b"\0")
+
+
 def padding(size: int) -> bytes:
     """The zeros that fill a member of `size` bytes up to the next tar block."""
     return bytes(-size % BLOCK)
@@ -152,24 +162,37 @@ def atomic_write(path: str | Path, *, exclusive: bool = False):
     """A binary file that appears under `path` whole and durable, or not at all: temporary name, fsync, os.replace.
 
     exclusive: raise FileExistsError, and leave the file that is there, instead of replacing it.
-    A killed process leaves `.NAME.*.tmp` beside the path, which nothing ever reads.
+    A killed process leaves `.NAME.*.tmp` beside the path, which nothing ever reads. While it is written, the temporary file is
+    locked (flock), so that nobody takes it for such a leftover.
     """
     path = Path(path)
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with open(fd, "wb") as file:
+            lock(fd)
             os.fchmod(fd, 0o666 & ~_umask())
             yield file
             file.flush()
             os.fsync(fd)
         if exclusive:
-            os.link(temporary, path)
+            _link(temporary, path)
         else:
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
     _sync_folder(path.parent)
+
+
+def _link(temporary: str, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a mount without hard links
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(temporary, path)
 
 
 @functools.cache
@@ -187,16 +210,62 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def lock(fd: int, shared: bool = False) -> bool:
+    """Locks an open file or folder (flock) for this process; False where another holds it. Where there are no locks: True."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network and FUSE mounts have none
+        return True
+    return True
+
+
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Deletes what killed writers of `name` (of any file, if empty) left in a folder."""
+    """Deletes what killed writers of `name` (of any file, if empty) left in a folder; what a living one writes stays."""
     for path in folder.glob(f".{name}*.tmp"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
+            if lock(file.fileno()):
+                path.unlink(missing_ok=True)
+
+
+KINDS = {stat.S_IFIFO: "a pipe (FIFO)", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+
+
+def open_regular(path: str | Path, buffering: int = 0):
+    """Opens a file for reading bytes; a pipe, device or folder, which could block for ever, is a ShardError at once."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        kind = "a folder" if stat.S_ISDIR(mode) else KINDS.get(stat.S_IFMT(mode), "no regular file")
+        raise ShardError(f"{path} is {kind}, expected a file")
+    return open(fd, "rb", buffering=buffering)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a regular file."""
+    with open_regular(path, -1) as file:
+        return file.read()
+
+
+def refuse_overwriting(path: str | Path, inputs: dict[str, str | Path | None]) -> None:
+    """Raises ShardError where a file to be written is one of the inputs (name -> path), a folder, or in no folder."""
+    path = Path(path)
+    if path.is_dir():
+        raise ShardError(f"{path} is a folder, expected the name of a file to write")
+    if not path.absolute().parent.is_dir():
+        raise ShardError(f"{path}: the folder {path.parent} is not there; make it first")
+    for name, given in inputs.items():
+        with contextlib.suppress(OSError):
+            if given is not None and os.path.samefile(path, given):
+                raise ShardError(f"{path} is the {name} itself, which would be overwritten; give another file")
 
 
 def sha256_file(path: str | Path, progress=None) -> str:
     """Hex SHA-256 of a file; progress(bytes) is called after each piece."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
             if progress:
@@ -225,7 +294,7 @@ def open_npy(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
     """Read-only map of a one-dimensional .npy whose type and length are known. Raises ShardError on anything else."""
     dtype = np.dtype(dtype)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, -1) as file:
             start, size = file.read(10), os.fstat(file.fileno()).st_size
             header = file.read(min(int.from_bytes(start[8:10], "little"), MAX_NPY_HEADER))
     except FileNotFoundError:

@@ -7,9 +7,11 @@
     index/speakers.npy       (S,) byte strings, in the order of their keys
     index/labels.npy         (S,) u32: class labels; those of an appended pack follow those that were there
     index/tars.npy           (tars,) TAR: the numbers of index.json's shardlist, whose 25,000 entries at 100 M utterances take 60 ms to parse
+    index/identities.npy     (tars,) 32 bytes: what stands in the last block of each tar; zeros for a tar of an older pack
 
-Opening costs the check of index.json's own checksum, of every file's size and type, and of the sha256 of the four small files. A row and
-a key carry a CRC-16 each, checked when they are used, so the big files need not be read.
+Opening costs the check of index.json's own checksum, of every file's size and type, of the sha256 of the small files, and of a CRC-32 over
+256 rows and keys, which those of another data set do not have. A row and a key carry a CRC-16 each, checked when they are used, so the
+big files need not be read. Data sets packed before November 2026 have neither identities nor that CRC; they are read without them.
 
 Usage: index = open_index("shards/vox2"); index.rows["samples"].sum()
 """
@@ -18,6 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +33,10 @@ from shards.format import REMAKE, ROW, TAR, VERSION, ShardError
 KIND = "spknet-shards"
 SMALL_FILES = ("speaker_rows.npy", "speakers.npy", "labels.npy", "tars.npy")
 FILES = ("utterances.npy", "keys.npy", *SMALL_FILES)
+IDENTITIES = "identities.npy"  # not in older data sets
+PROBED = ("utterances.npy", "keys.npy")
+PROBES = 256  # rows and keys whose CRC-32 is compared at every opening
+NO_IDENTITY = bytes(32)
 LARGEST = {
     "sample_rate": 2**20,
     "utterances": 2**40,
@@ -54,6 +62,12 @@ class Index:
     labels: np.ndarray  # (S,) u32
     speaker_rows: np.ndarray  # (S + 1,) u64
     tars: np.ndarray  # (tars,) TAR
+    identities: np.ndarray | None = None  # (tars,) V32
+
+    def identity(self, shard: int) -> str | None:
+        """Hex, what the last block of a tar must say; None where it is not known."""
+        known = NO_IDENTITY if self.identities is None else bytes(self.identities[shard])
+        return None if known == NO_IDENTITY else known.hex()
 
     def entry(self, shard: int) -> dict:
         """What index.json's shardlist says of a tar."""
@@ -78,20 +92,23 @@ def shard_entry(shard: int, tar: np.void) -> dict:
     return {"url": tar_name(shard), **numbers, "sha256": bytes(tar["sha256"]).hex()}
 
 
-def write_index(
-    out: Path,
-    rows: np.ndarray,
-    keys: np.ndarray,
-    tars: np.ndarray,
-    settings: plan.Settings,
-    skipped: int = 0,
-    sums: tuple[tuple[str, str], ...] = (),
-) -> None:
-    """Writes OUT/index and OUT/SHA256SUMS; index.json last.
+@dataclass
+class Contents:
+    """What an index is made of. rows: (N,) ROW in the order of keys, (N,) sorted S; tars: (tars,) TAR; identities: (tars,) V32;
+    skipped: utterances left out; sums: further (sha256, path) for SHA256SUMS."""
 
-    rows: (N,) ROW in the order of keys, without speaker and row_check, which are filled in; keys: (N,) sorted S;
-    tars: (tars,) TAR; sums: further (sha256, path) for SHA256SUMS.
-    """
+    rows: np.ndarray
+    keys: np.ndarray
+    tars: np.ndarray
+    identities: np.ndarray
+    settings: plan.Settings
+    skipped: int
+    sums: list[tuple[str, str]]
+
+
+def write_index(out: Path, contents: Contents) -> None:
+    """Writes OUT/index and OUT/SHA256SUMS; index.json last. Fills in the speaker and row_check of the rows."""
+    rows, keys, tars, settings = contents.rows, contents.keys, contents.tars, contents.settings
     folder = out / "index"
     folder.mkdir(exist_ok=True)
     (folder / "index.json").unlink(missing_ok=True)
@@ -103,7 +120,7 @@ def write_index(
     rows["row_check"] = format.row_checks(rows)
     arrays = dict(zip(FILES, (rows, keys, bounds.astype("<u8"), speakers, labels, tars)))
     files = {}
-    for name, array in arrays.items():
+    for name, array in (arrays | {IDENTITIES: contents.identities}).items():
         format.write_npy(folder / name, array)
         files[name] = {"filesize": (folder / name).stat().st_size, "sha256": format.sha256_file(folder / name)}
     shards = [shard_entry(i, tar) for i, tar in enumerate(tars)]
@@ -118,20 +135,27 @@ def write_index(
         "samples": int(rows["samples"].sum(dtype=np.uint64)),
         "key_bytes": keys.dtype.itemsize,
         "speaker_bytes": speakers.dtype.itemsize,
-        "skipped": skipped,
+        "skipped": contents.skipped,
         "tars": len(tars),
         "fingerprint": _fingerprint(rows, keys, labels, settings.sample_rate),
+        "probes": {name: _probe(arrays[name]) for name in PROBED},
         "files": files,
         "shardlist": shards,
     }
     text = json.dumps(meta, indent=1).encode()
     text = text.replace(NO_CHECKSUM.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
-    lines = [(s["sha256"], s["url"]) for s in shards] + list(sums)
-    lines += [(files[name]["sha256"], f"index/{name}") for name in FILES]
+    lines = [(s["sha256"], s["url"]) for s in shards] + contents.sums
+    lines += [(entry["sha256"], f"index/{name}") for name, entry in files.items()]
     lines.append((hashlib.sha256(text).hexdigest(), "index/index.json"))
     for path, data in ((out / "SHA256SUMS", _sums_text(lines)), (folder / "index.json", text)):
         with format.atomic_write(path) as file:
             file.write(data)
+
+
+def _probe(array: np.ndarray) -> int:
+    """CRC-32 of PROBES elements, evenly spread."""
+    chosen = np.linspace(0, len(array) - 1, min(PROBES, len(array))).astype(np.int64)
+    return zlib.crc32(np.take(array, chosen).tobytes())
 
 
 def _sums_text(lines: list[tuple[str, str]]) -> bytes:
@@ -178,6 +202,12 @@ def open_index(out: str | Path, cache_dir: str | Path | None = None) -> Index:
         format.open_npy(folder / "speaker_rows.npy", np.dtype("<u8"), s + 1),
         format.open_npy(folder / "tars.npy", TAR, meta["tars"]),
     )
+    if IDENTITIES in meta["files"]:
+        _check_file(folder / IDENTITIES, meta["files"][IDENTITIES], hashed=True)
+        opened.identities = format.open_npy(folder / IDENTITIES, np.dtype("V32"), meta["tars"])
+    for name, array in zip(PROBED, (opened.rows, opened.keys)):
+        if name in meta.get("probes", {}) and _probe(array) != meta["probes"][name]:
+            raise ShardError(f"{folder / name} is damaged or of another data set; {REMAKE}")
     bounds = opened.speaker_rows
     if bounds[0] != 0 or bounds[-1] != n or np.any(bounds[1:] <= bounds[:-1]):
         raise ShardError(f"{folder / 'speaker_rows.npy'}: rows of the speakers do not rise from 0 to {n}; {REMAKE}")
@@ -188,7 +218,8 @@ def open_index(out: str | Path, cache_dir: str | Path | None = None) -> Index:
 
 def _check_file(path: Path, expected: dict, hashed: bool) -> None:
     try:
-        size = path.stat().st_size
+        with format.open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise ShardError(f"{path} is missing; {REMAKE}") from None
     if size != expected["filesize"]:
@@ -203,7 +234,7 @@ def read_meta(out: Path, shardlist: bool = True) -> dict:
     """index.json, checked; without its shardlist where that is not needed. Raises ShardError."""
     path = out / "index" / "index.json"
     try:
-        text = path.read_bytes()
+        text = format.read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(
             f"{path} is missing: {out} is not a packed data set, or is not packed to the end; "
@@ -244,9 +275,13 @@ def _meta_problem(meta) -> str | None:
             return f"{name} is {meta.get(name)!r}, expected a number from {least} to {most}"
     if not all(_is_hex(meta.get(name)) for name in ("checksum", "fingerprint")):
         return "checksum and fingerprint must be 64 hexadecimal digits"
-    files = meta.get("files")
+    files, probes = meta.get("files"), meta.get("probes", {})
     if not isinstance(files, dict) or not all(_is_file(files.get(name)) for name in FILES):
         return f"files must give filesize and sha256 of {', '.join(FILES)}"
+    if not files.keys() <= {*FILES, IDENTITIES} or not _is_file(files.get(IDENTITIES, files[FILES[0]])):
+        return f"files has others than {', '.join((*FILES, IDENTITIES))}"
+    if not isinstance(probes, dict) or not all(_is_count(probes.get(name, 0), 0, 2**32) for name in PROBED):
+        return "probes must be numbers"
     return _shardlist_problem(meta) if "shardlist" in meta else None
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import index
-from shards.format import ShardError
+from shards import errors, index
 
 WIDTH = 40  # characters of the longest bar
 BINS = 10
@@ -58,15 +57,14 @@ def histogram(title: str, values: np.ndarray) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return errors.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> None:
     p = argparse.ArgumentParser("python -m shards.info", description="What packed data sets hold.")
     p.add_argument("out", nargs="+", type=Path, help="folder of a packed data set")
-    try:
-        for out in p.parse_args(argv).out:
-            print(f"{out}\n{describe(index.open_index(out))}")
-    except ShardError as error:
-        print(f"info: {error}", file=sys.stderr)
-        return 1
-    return 0
+    for out in p.parse_args(argv).out:
+        print(f"{out}\n{describe(index.open_index(out))}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ Usage: python -m shards.pack --list train_list.txt --root voxceleb2/dev/wav --ou
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import hashlib
 import multiprocessing
 import os
@@ -30,11 +28,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from shards import audio, format, index, parts, plan
+from shards import audio, errors, format, index, lists, parts, plan, report
 from shards.archive import read_source
+from shards.claim import only_writer, room
 from shards.format import BLOCK, ROW, ShardError
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TICK = 32  # utterances between two reports of a worker
 
 
@@ -75,20 +73,42 @@ def pack(
     a full disk; running the same call again goes on where it stopped.
     """
     out = Path(out)
-    if codec not in format.CODECS:
-        raise ShardError(f"codec {codec!r}: expected wav or flac")
-    with _room(out):
-        (out / "parts").mkdir(parents=True, exist_ok=True)
-        listed = plan.make_entries(tqdm(entries, "list", unit=" lines", delay=5, disable=not progress))
-        settings = plan.Settings(sample_rate, codec, convert, seed, shard_bytes)
+    _check_options(out, codec, sample_rate, shard_bytes, seed)
+    if skip_bad is not None:
+        check_skip_bad(skip_bad, getattr(entries, "path", None))
+    settings = plan.Settings(sample_rate, codec, convert, seed, shard_bytes)
+    listed = plan.make_entries(entries, progress)
+    with room(out), only_writer(out, shared=task is not None) as alone:
         settings = parts.generation_to_write(out, listed, settings, append)
-        made = plan.make_plan(listed, out, settings, skip_bad is not None)
+        made = plan.make_plan(listed, out, settings, skip_bad is not None, alone)
         numbers = [s for s in range(made.n_shards) if task is None or s % task[1] == task[0]]
-        todo = [s for s in numbers if not _is_done(out, settings.first_shard + s, made.digest, skip_bad is not None)]
+        todo = [s for s in numbers if not _is_done(out, s, made, skip_bad is not None)]
         written = _run(_jobs(out, made, todo, skip_bad is not None), _count(made, todo), len(todo), workers, progress)
         if task is None and (todo or skip_bad is not None or not _is_merged(out, made)):
             parts.merge(out, skip_bad)
     return written
+
+
+def _check_options(out: Path, codec: str, sample_rate: int, shard_bytes: int, seed: int) -> None:
+    if codec not in format.CODECS:
+        raise ShardError(f"codec {codec!r}: expected wav or flac")
+    if not audio.LOWEST_RATE <= sample_rate <= audio.HIGHEST_RATE:
+        raise ShardError(f"a rate of {sample_rate} Hz: expected {audio.LOWEST_RATE} to {audio.HIGHEST_RATE} Hz")
+    if shard_bytes < 1 or seed < 0:
+        raise ShardError(
+            f"a tar size of {shard_bytes} bytes, seed {seed}: expected at least 1 byte and a seed from 0 on"
+        )
+    if out.exists() and not out.is_dir():
+        raise ShardError(f"{out} is a file, expected the folder of a packed data set; give another --out")
+
+
+def check_skip_bad(path: str | Path, list_path: str | Path | None) -> None:
+    """Raises ShardError where the list of bad files would overwrite something else than an earlier one."""
+    format.refuse_overwriting(path, {"list": list_path})
+    if os.path.exists(path):
+        lines = format.read_bytes(path).decode("utf-8", "replace").splitlines()
+        if any(line.count("\t") != 2 for line in lines):
+            raise ShardError(f"--skip-bad {path} exists and is no list of bad files; give another name")
 
 
 def _is_merged(out: Path, made: plan.Plan) -> bool:
@@ -120,50 +140,52 @@ def _jobs(out: Path, made: plan.Plan, todo: list[int], skip_bad: bool) -> Iterab
         yield Job(out, number, made.digest, settings, [keys[i] for i in rows], sources, where[rows], skip_bad)
 
 
-def _is_done(out: Path, shard: int, digest: str, skip_bad: bool) -> bool:
+def _is_done(out: Path, shard: int, made: plan.Plan, skip_bad: bool) -> bool:
+    number = made.settings.first_shard + shard
     try:
-        part = parts.read_part(out, shard)
-        size = os.stat(out / index.tar_name(shard)).st_size
+        part = parts.read_part(out, number)
+        size = os.stat(out / index.tar_name(number)).st_size
     except (ShardError, FileNotFoundError):
         return False
-    return part.digest == digest and part.filesize == size and (skip_bad or not len(part.skipped))
+    if part.is_converted() and not made.settings.convert:
+        return False  # packed with --convert, and now without: to be refused
+    return part.digest == made.digest and part.filesize == size and (skip_bad or not len(part.skipped))
 
 
 def _run(jobs: Iterable[Job], total: int, n_jobs: int, workers: int, progress: bool) -> int:
+    """Utterances written, without those that were left out."""
     every = 0.5 if sys.stderr.isatty() else 30
     with tqdm(total=total, desc="packing", unit=" utterances", mininterval=every, disable=not progress) as bar:
         if workers <= 1 or n_jobs <= 1:
-            for job in jobs:
-                write_shard(job, bar.update)
-        else:
-            _run_pool(jobs, min(workers, n_jobs), bar)
-        return bar.n if progress else total
+            return sum(write_shard(job, bar.update) for job in jobs)
+        return _run_pool(jobs, min(workers, n_jobs), bar)
 
 
-def _run_pool(jobs: Iterable[Job], workers: int, bar: tqdm) -> None:
+def _run_pool(jobs: Iterable[Job], workers: int, bar: tqdm) -> int:
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     with ProcessPoolExecutor(workers, context, _start_worker, (counter,)) as pool:
-        running = set()
+        running, written = set(), 0
         try:
             for job in jobs:
                 running.add(pool.submit(_in_worker, job))
                 while len(running) >= 2 * workers:
-                    running = _collect(running, counter, bar)
+                    written += _collect(running, counter, bar)
             while running:
-                running = _collect(running, counter, bar)
+                written += _collect(running, counter, bar)
+            return written
         except BrokenProcessPool:
             raise ShardError("a packing worker was killed (out of memory?); run the same command again") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _collect(running: set, counter, bar: tqdm) -> set:
-    done, running = wait(running, 0.5, FIRST_COMPLETED)
+def _collect(running: set, counter, bar: tqdm) -> int:
+    """Waits for some, takes them out of `running`; utterances that they wrote."""
+    done = wait(running, 0.5, FIRST_COMPLETED).done
     bar.update(counter.value - bar.n)
-    for future in done:
-        future.result()
-    return running
+    running -= done
+    return sum(future.result() for future in done)
 
 
 _progress = None
@@ -182,32 +204,33 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _in_worker(job: Job) -> None:
+def _in_worker(job: Job) -> int:
     def report(n: int) -> None:
         with _progress.get_lock():
             _progress.value += n
 
-    write_shard(job, report)
+    return write_shard(job, report)
 
 
-def write_shard(job: Job, report) -> None:
-    """Writes one tar and its part file. report(n) is called for every few utterances."""
+def write_shard(job: Job, progress) -> int:
+    """Writes one tar and its part file; returns its utterances. progress(n) is called for every few of them."""
     name = index.tar_name(job.shard)
-    with _room(job.out):
+    with room(job.out):
         format.remove_leftovers(job.out, name)
-        rows, keys, skipped = np.zeros(len(job.keys), ROW), [], []
+        rows, keys, skipped, notes = np.zeros(len(job.keys), ROW), [], [], []
         digest, offset = hashlib.sha256(), 0
         head = None
         with format.atomic_write(job.out / name) as file:
             for i, (key, source, data) in enumerate(zip(job.keys, job.sources, _decoded(job))):
                 if i % TICK == TICK - 1:
-                    report(TICK)
+                    progress(TICK)
                 if isinstance(data, ShardError):
                     if not job.skip_bad:
                         raise ShardError(f"{data} (or leave it out with --skip-bad FILE)")
                     skipped.append((key.decode(), source, str(data)))
                     continue
-                chunk = _members(key, data, job.settings, rows[len(keys)], offset)
+                notes += [(key.decode(), word, detail) for word, detail in data.notes.items()]
+                chunk = _members(key, data.pcm, job.settings, rows[len(keys)], offset)
                 file.write(chunk)
                 digest.update(chunk)
                 head = head or chunk[:BLOCK]
@@ -215,16 +238,19 @@ def write_shard(job: Job, report) -> None:
                 keys.append(key)
             file.write(format.TAR_END)
             digest.update(format.TAR_END)
-        report(len(job.keys) % TICK)
+            identity = digest.hexdigest()
+            file.write(format.identity_block(identity))
+            digest.update(format.identity_block(identity))
+        progress(len(job.keys) % TICK)
         head_crc32 = zlib.crc32(head or format.TAR_END[:BLOCK])
         rows["shard"] = job.shard
-        part = parts.Part(
-            rows[: len(keys)], keys, offset + len(format.TAR_END), digest.hexdigest(), head_crc32, job.digest, skipped
-        )
-        parts.write_part(job.out, job.shard, part)
+        size = offset + len(format.TAR_END) + BLOCK
+        facts = (size, digest.hexdigest(), head_crc32, job.digest, skipped, identity, notes)
+        parts.write_part(job.out, job.shard, parts.Part(rows[: len(keys)], keys, *facts))
+    return len(keys)
 
 
-def _decoded(job: Job) -> Iterator[bytes | ShardError]:
+def _decoded(job: Job) -> Iterator[audio.Decoded | ShardError]:
     def read(i: int) -> bytes:
         return read_source(job.sources[i], job.where[i])
 
@@ -249,23 +275,10 @@ def _members(key: bytes, pcm, settings: plan.Settings, row: np.void, offset: int
     return b"".join([head, format.tar_header(name, size), riff, payload, format.padding(size)])
 
 
-@contextlib.contextmanager
-def _room(out: Path):
-    """Turns `no space left on device` into what to do about it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise ShardError(
-            f"no room left in {out} ({error.strerror}): the finished tars are kept; make room and run the same command again"
-        ) from None
-
-
 def parse_task(text: str) -> tuple[int, int]:
     """`3/16` -> (3, 16). Raises ShardError unless 0 <= i < n."""
     numbers = text.split("/")
-    if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or int(numbers[0]) >= int(numbers[1]):
+    if len(numbers) != 2 or not all(n.isascii() and n.isdigit() for n in numbers) or int(numbers[0]) >= int(numbers[1]):
         raise ShardError(f"--task {text}: expected i/n with i from 0 to n - 1, for instance 0/16")
     return int(numbers[0]), int(numbers[1])
 
@@ -291,20 +304,42 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--task", metavar="I/N", help="write only every N-th tar, from the I-th; --merge when all are done")
     p.add_argument("--merge", action="store_true", help="make the index of OUT from its parts")
+    p.add_argument(
+        "--report",
+        metavar="FILE.txt",
+        help="write what was converted, clipped, silent, cancelled, too short, left out; FILE.json beside it",
+    )
+    p.add_argument("--report-crop", type=float, default=0.0, metavar="SECONDS", help="name what is shorter than this")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
+    return errors.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> None:
     args = parser().parse_args(argv)
-    try:
-        if args.merge:
-            parts.merge(Path(args.out), args.skip_bad)
-        else:
-            _main_pack(args)
-    except (ShardError, FileNotFoundError, PermissionError) as error:
-        print(f"pack: {error}", file=sys.stderr)
-        return 1
-    return 0
+    out = Path(args.out)
+    if args.report is not None:
+        report.check_paths(args.report, {"list": args.list, "list of bad files": args.skip_bad})
+        if args.task:
+            raise ShardError("--report is written when all tasks are done: give it with --merge")
+    if not 0 <= args.report_crop < 1e6:
+        raise ShardError(f"--report-crop {args.report_crop}: expected seconds, for instance 2")
+    if args.merge:
+        if args.skip_bad is not None:
+            check_skip_bad(args.skip_bad, args.list)
+        if not (out / "parts").is_dir():
+            raise ShardError(f"{out}/parts is not there; pack something first")
+        with only_writer(out):
+            parts.merge(out, args.skip_bad)
+    else:
+        _main_pack(args)
+    if not args.task:
+        made = report.collect(out, args.report_crop)
+        print(made.totals())
+        if args.report is not None:
+            report.write(made, args.report)
 
 
 def _main_pack(args: argparse.Namespace) -> None:
@@ -313,8 +348,22 @@ def _main_pack(args: argparse.Namespace) -> None:
     task = parse_task(args.task) if args.task else None
     names = ("seed", "shard_bytes", "codec", "convert", "workers", "append", "skip_bad", "sample_rate")
     options = {name: getattr(args, name) for name in names}
-    written = pack(plan.read_list(args.list, args.root), args.out, task=task, **options)
-    print(f"{args.out}: {written} utterances written" if written else f"{args.out}: everything was packed already")
+    listed = lists.read_list(args.list, args.root)
+    written = pack(listed, args.out, task=task, **options)
+    for remark in listed.remarks():
+        print(remark)
+    if written:
+        print(f"{args.out}: {written} utterances written")
+    elif task and (share := _share_problem(Path(args.out), task)):
+        print(f"{args.out}: {share}")
+    else:
+        print(f"{args.out}: everything was packed already")
+
+
+def _share_problem(out: Path, task: tuple[int, int]) -> str:
+    """What to say of a task beyond the last tar; empty where it has tars."""
+    tars = plan.read_record(parts.records(out)[-1]).n_shards
+    return "" if task[0] < tars else f"no tar for task {task[0]}/{task[1]}: there are {tars} tars, one a task at most"
 
 
 if __name__ == "__main__":

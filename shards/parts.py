@@ -11,7 +11,6 @@ Usage: merge(Path("shards/vox2"))
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,10 @@ from shards.format import ROW, TAR, ShardError
 
 @dataclass
 class Part:
-    """What a part file holds. rows: (n,) ROW; keys: n byte strings; skipped: (key, source, reason) of each bad file."""
+    """What a part file holds. rows: (n,) ROW; keys: n byte strings; skipped: (key, source, reason) of each bad file.
+
+    identity: hex, of the tar's last block; notes: (key, word of audio.NOTES, detail); None in the parts of older packs.
+    """
 
     rows: np.ndarray
     keys: list[bytes] | np.ndarray
@@ -32,6 +34,11 @@ class Part:
     head_crc32: int
     digest: str
     skipped: list[tuple[str, str, str]]
+    identity: str | None = None
+    notes: list[tuple[str, str, str]] | None = None
+
+    def is_converted(self) -> bool:
+        return any(word == "converted" for _, word, _ in self.notes or ())
 
 
 def part_path(out: Path, shard: int) -> Path:
@@ -53,6 +60,8 @@ def write_part(out: Path, shard: int, part: Part) -> None:
             head_crc32=np.int64(part.head_crc32),
             digest=np.array(part.digest),
             skipped=np.array(part.skipped or np.empty((0, 3)), str),
+            identity=np.array(part.identity),
+            notes=np.array(part.notes or np.empty((0, 3)), str),
         )
 
 
@@ -60,8 +69,9 @@ def read_part(out: Path, shard: int) -> Part:
     """Raises ShardError where the part is missing or damaged."""
     path = part_path(out, shard)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with format.open_regular(path, -1) as opened, np.load(opened, allow_pickle=False) as file:
             skipped = [tuple(line) for line in file["skipped"].tolist()]
+            known = "identity" in file
             part = Part(
                 file["rows"],
                 file["keys"],
@@ -70,17 +80,20 @@ def read_part(out: Path, shard: int) -> Part:
                 int(file["head_crc32"]),
                 str(file["digest"]),
                 skipped,
+                str(file["identity"]) if known else None,
+                [tuple(line) for line in file["notes"].tolist()] if known else None,
             )
     except FileNotFoundError:
         raise ShardError(f"{path} is missing: tar {shard} is not packed yet") from None
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    except plan.DAMAGED as error:
         raise ShardError(f"{path} is damaged ({error}); delete it and run the same pack again") from None
     if part.rows.dtype != ROW or len(part.rows) != len(part.keys):
         raise ShardError(f"{path} is damaged: {len(part.rows)} rows, {len(part.keys)} keys; delete it and pack again")
     return part
 
 
-def _records(out: Path) -> list[Path]:
+def records(out: Path) -> list[Path]:
+    """The plans of a data set: of the first pack, then of each --append."""
     return sorted((out / "parts").glob("plan-*.npz"))
 
 
@@ -89,14 +102,14 @@ def generation_to_write(out: Path, entries: plan.Entries, settings: plan.Setting
 
     Raises ShardError where OUT holds what does not go together with this list.
     """
-    records = _records(out)
+    packs = records(out)
     if not append:
         return settings
-    if not records:
+    if not packs:
         raise ShardError(f"{out} holds no data set to append to; pack without --append")
-    last = len(records) - 1
-    begun = replace(settings, generation=last, first_shard=plan.read_record(records[last]).first_shard)
-    if last and plan.list_identity(entries, begun) == plan.read_record(records[last]).identity:
+    last = len(packs) - 1
+    begun = replace(settings, generation=last, first_shard=plan.read_record(packs[last]).first_shard)
+    if last and not plan.differences(plan.read_record(packs[last]), entries, begun):
         return begun
     meta = index.read_meta(out)
     if meta["shardlist"][-1]["generation"] != last:
@@ -119,11 +132,11 @@ def merge(out: str | Path, skip_bad: str | Path | None = None) -> None:
     Raises ShardError while a tar or a part is missing, or where parts come from different plans.
     """
     out = Path(out)
-    if not _records(out):
+    if not records(out):
         raise ShardError(f"{out}/parts holds no plan; pack something first")
     rows, keys, tars, skipped, sums = [], [], [], [], []
-    settings = plan.Settings()
-    for generation, record in enumerate(_records(out)):
+    settings, identities = plan.Settings(), []
+    for generation, record in enumerate(records(out)):
         made = plan.read_record(record)
         settings = replace(settings, sample_rate=made.sample_rate, codec=made.codec)
         sums.append((format.sha256_file(record), f"parts/{record.name}"))
@@ -135,6 +148,7 @@ def merge(out: str | Path, skip_bad: str | Path | None = None) -> None:
             keys.append(part.keys)
             skipped += part.skipped
             sums.append((format.sha256_file(part_path(out, shard)), f"parts/{shard:06d}.npz"))
+            identities.append(bytes.fromhex(part.identity or index.NO_IDENTITY.hex()))
             tars.append((part.filesize, len(part.rows), part.head_crc32, generation, bytes.fromhex(part.sha256)))
     rows, keys = np.concatenate(rows), np.concatenate(keys)
     if not len(rows):
@@ -149,7 +163,8 @@ def merge(out: str | Path, skip_bad: str | Path | None = None) -> None:
     if skip_bad is not None:
         with format.atomic_write(skip_bad) as file:
             file.write("".join("\t".join(line) + "\n" for line in sorted(skipped)).encode("utf-8", "surrogateescape"))
-    index.write_index(out, rows, keys, np.array(tars, TAR), settings, len(skipped), tuple(sums))
+    made = np.array(identities, "V32")
+    index.write_index(out, index.Contents(rows, keys, np.array(tars, TAR), made, settings, len(skipped), sums))
 
 
 def _check_complete(out: Path, made: plan.Record) -> None:

@@ -16,8 +16,9 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,10 +26,27 @@ import numpy as np
 from tqdm import tqdm
 
 from shards import archive
-from shards.format import ShardError, atomic_write, check_key, check_speaker
+from shards.format import ShardError, atomic_write, check_key, check_speaker, open_regular
+from shards.lists import TrainingList
 
 # Bytes of 16 kHz mono PCM for a byte of the source, by ending: only how full a tar gets depends on it.
 EXPANSION = {".wav": 1.0, ".flac": 1.8, ".m4a": 4.0, ".aac": 4.0, ".mp3": 6.0, ".ogg": 6.0, ".opus": 8.0}
+
+
+LATER = ("settings", "keys_sha256")  # fields of a record that those of older packs lack
+# What numpy and zipfile raise for a damaged .npz.
+DAMAGED = (
+    ValueError,
+    KeyError,
+    OSError,
+    EOFError,
+    IndexError,
+    TypeError,
+    SyntaxError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class Settings:
 
     sample_rate: int = 16000
     codec: str = "wav"
-    convert: bool = False
+    convert: bool = False  # not part of the identity: a file that needed none has the same bytes with it
     seed: int = 0
     shard_bytes: int = 2**30
     generation: int = 0  # 0: the first pack, k: the k-th --append
@@ -69,6 +87,8 @@ class Record:
     first_shard: int
     sample_rate: int
     codec: str
+    settings: str = ""  # JSON, as it went into identity; empty in those of older packs
+    keys_sha256: str = ""
 
 
 @dataclass
@@ -83,53 +103,11 @@ class Plan:
     digest: str
 
 
-def read_list(list_path: str | Path, root: str | Path) -> Iterator[tuple[str, str, str]]:
-    """(speaker, key, source) of each line `speaker path`. Raises ShardError naming the line that breaks a rule."""
-    root = os.fspath(root)
-    with open(list_path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            line = line.rstrip(b"\r\n")
-            if not line.strip():
-                continue
-            try:
-                yield parse_line(line, root)
-            except ShardError as error:
-                raise ShardError(f"{list_path}, line {number}: {error}") from None
-
-
-def parse_line(line: bytes, root: str) -> tuple[str, str, str]:
-    """`speaker path` -> (speaker, key, source). The key is the path from its first part that is the speaker, less its ending."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError:
-        raise ShardError(f"{ascii(line)} is not UTF-8; rename the file") from None
-    words = text.split(maxsplit=1)
-    if len(words) != 2:
-        raise ShardError(f"found {ascii(text)}, expected `speaker path`")
-    speaker, path = words[0], words[1].rstrip(" ")
-    check_speaker(speaker)
-    outer, member = archive.split(path)
-    if outer.startswith("/") or ".." in path.replace(archive.SEPARATOR, "/").split("/"):
-        raise ShardError(f"path {ascii(path)} leaves the root folder; expected a path below it, without '..'")
-    key = key_of(speaker, member if member is not None else path)
-    check_key(speaker, key)
-    return speaker, key, os.path.join(root, path)
-
-
-def key_of(speaker: str, path: str) -> str:
-    """The key of a path: `dev/wav/id1/a/0.wav` of speaker id1 -> `id1/a/0`; `a/0.wav` -> `id1/a/0`."""
-    parts = path.split("/")
-    parts[-1] = os.path.splitext(parts[-1])[0]
-    if speaker in parts[:-1]:
-        return "/".join(parts[parts.index(speaker) :])
-    return "/".join([speaker, *parts])
-
-
-def make_entries(items: Iterable[tuple[str, str, str]]) -> Entries:
+def make_entries(items: Iterable[tuple[str, str, str]], progress: bool = False) -> Entries:
     """Entries of (speaker, key, source) triples; every name is checked, a key that stands twice is an error."""
     keys, sources = bytearray(), bytearray()
     key_bounds, bounds = array("q", [0]), array("q", [0])
-    for speaker, key, source in items:
+    for speaker, key, source in tqdm(items, "list", unit=" lines", delay=5, disable=not progress):
         check_speaker(speaker)
         keys += check_key(speaker, key)
         sources += os.fsencode(source)
@@ -142,12 +120,22 @@ def make_entries(items: Iterable[tuple[str, str, str]]) -> Entries:
     for i in range(n):
         fixed[i] = bytes(keys[key_bounds[i] : key_bounds[i + 1]])
     order = np.argsort(fixed, kind="stable")
-    fixed = fixed[order]
-    twice = np.flatnonzero(fixed[1:] == fixed[:-1])
+    entries = Entries(fixed[order], bytes(sources), np.array(bounds, np.int64), order.astype(np.int64))
+    twice = np.flatnonzero(entries.keys[1:] == entries.keys[:-1])
     if len(twice):
-        name = fixed[twice[0]].decode()
-        raise ShardError(f"key {name!r} stands {np.sum(fixed == fixed[twice[0]])} times in the list; expected once")
-    return Entries(fixed, bytes(sources), np.array(bounds, np.int64), order.astype(np.int64))
+        raise _twice(entries, int(twice[0]), items)
+    return entries
+
+
+def _twice(entries: Entries, first: int, items: Iterable) -> ShardError:
+    same = range(first, first + int(np.sum(entries.keys == entries.keys[first])))
+    name, places = entries.keys[first].decode(), [int(entries.order[i]) for i in same]
+    where = f"entries {', '.join(str(place + 1) for place in places[:5])}"
+    if isinstance(items, TrainingList):
+        where = f"{items.path}, lines {', '.join(str(items.numbers[place]) for place in places[:5])}"
+    files = list(dict.fromkeys(entries.source(i) for i in same))
+    what = "take one out" if len(files) == 1 else f"of {files[0]} and {files[1]}; rename one"
+    return ShardError(f"key {name!r} stands {len(same)} times in the list ({where}), expected once: {what}")
 
 
 def keyed_hash(seed: int, name: bytes) -> bytes:
@@ -155,34 +143,91 @@ def keyed_hash(seed: int, name: bytes) -> bytes:
     return hashlib.blake2b(name, digest_size=8, key=b"%d" % seed).digest()
 
 
-def make_plan(entries: Entries, out: Path, settings: Settings, skip_missing: bool = False) -> Plan:
-    """The plan, with the sizes of an earlier run of the same list where OUT has them."""
+def make_plan(
+    entries: Entries,
+    out: Path,
+    settings: Settings,
+    skip_missing: bool = False,
+    alone: Callable[[], bool] = lambda: True,
+) -> Plan:
+    """The plan, with the sizes of an earlier run of the same list where OUT has them.
+
+    A plan of another list or other settings makes way as long as nothing was packed by it and nobody else is at work (alone).
+    """
     path = out / "parts" / f"plan-{settings.generation:03d}.npz"
-    identity = list_identity(entries, settings)
     where = None
+    if path.exists():
+        record = read_record(path)
+        changed = differences(record, entries, settings)
+        if changed and (_is_written(out, record) or not alone()):
+            raise ShardError(
+                f"{out} was begun with {' and '.join(changed)}; give what it was begun with, add to it with --append,"
+                " or pack to another folder"
+            )
+        if changed:
+            _begin_anew(out, path, record)
     if not path.exists():
         where = locate(entries, np.arange(len(entries.keys)), skip_missing)
         _write_record(path, entries, settings, estimate(entries, where))
     record = read_record(path)
-    if record.identity != identity or len(record.sizes) != len(entries.keys):
+    if differences(record, entries, settings) or len(record.sizes) != len(entries.keys):
         raise ShardError(
-            f"{out} was begun with another list, seed, tar size, codec or rate; "
-            "give the same ones again, add to it with --append, or pack to another folder"
+            f"{out}: another pack with another list or other settings has begun there; wait for it or stop it"
         )
     shard, _ = assign(entries.keys, record.sizes, settings)
     return Plan(entries, settings, where, shard, record.n_shards, record.digest)
 
 
+def _identified(settings: Settings) -> str:
+    return json.dumps({name: value for name, value in asdict(settings).items() if name != "convert"}, sort_keys=True)
+
+
 def list_identity(entries: Entries, settings: Settings) -> str:
     """Hex digest of the keys and the settings."""
-    return hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode() + entries.keys.tobytes()).hexdigest()
+    return hashlib.sha256(_identified(settings).encode() + entries.keys.tobytes()).hexdigest()
+
+
+NAMES = {"sample_rate": "a rate of", "codec": "the codec", "seed": "the seed", "shard_bytes": "a tar size of"}
+
+
+def differences(record: Record, entries: Entries, settings: Settings) -> list[str]:
+    """What a plan was begun with that is not so now, in words; empty where it is of this list and these settings."""
+    if record.identity == list_identity(entries, settings):
+        return []
+    if not record.settings:
+        old = json.dumps(asdict(settings), sort_keys=True).encode() + entries.keys.tobytes()
+        same = record.identity == hashlib.sha256(old).hexdigest()
+        return [] if same else ["another list, seed, tar size, codec, rate or --convert"]
+    then, now = json.loads(record.settings), asdict(settings)
+    changed = [f"{NAMES[name]} {then[name]} (now {now[name]})" for name in NAMES if then.get(name) != now[name]]
+    if record.keys_sha256 != hashlib.sha256(entries.keys.tobytes()).hexdigest():
+        changed.insert(0, f"another list ({len(record.sizes)} utterances, now {len(entries.keys)})")
+    return changed or ["other settings"]
+
+
+def _tars_of(out: Path, record: Record) -> list[tuple[Path, Path]]:
+    """(part, tar) of all that a plan would write."""
+    numbers = range(record.first_shard, record.first_shard + record.n_shards)
+    return [(out / "parts" / f"{i:06d}.npz", out / f"train-{i:06d}.tar") for i in numbers]
+
+
+def _is_written(out: Path, record: Record) -> bool:
+    return any(part.exists() for part, _ in _tars_of(out, record))
+
+
+def _begin_anew(out: Path, path: Path, record: Record) -> None:
+    for _, tar in _tars_of(out, record):
+        tar.unlink(missing_ok=True)  # killed before its part: nothing knows of it
+    path.unlink(missing_ok=True)
 
 
 def _write_record(path: Path, entries: Entries, settings: Settings, sizes: np.ndarray) -> None:
     _, n_shards = assign(entries.keys, sizes, settings)
     identity = list_identity(entries, settings)
     digest = hashlib.sha256(identity.encode() + sizes.tobytes()).hexdigest()
-    record = Record(sizes, identity, digest, n_shards, settings.first_shard, settings.sample_rate, settings.codec)
+    keys_sha256 = hashlib.sha256(entries.keys.tobytes()).hexdigest()
+    facts = (settings.first_shard, settings.sample_rate, settings.codec, _identified(settings), keys_sha256)
+    record = Record(sizes, identity, digest, n_shards, *facts)
     try:
         with atomic_write(path, exclusive=True) as file:
             np.savez(file, **{name: np.array(value) for name, value in vars(record).items()})
@@ -193,9 +238,9 @@ def _write_record(path: Path, entries: Entries, settings: Settings, sizes: np.nd
 def read_record(path: Path) -> Record:
     """The record of a plan. Raises ShardError where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            values = {name: file[name] for name in Record.__dataclass_fields__}
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        with open_regular(path, -1) as opened, np.load(opened, allow_pickle=False) as file:
+            values = {name: file[name] for name in Record.__dataclass_fields__ if name in file or name not in LATER}
+    except DAMAGED as error:
         raise ShardError(f"{path} is damaged ({error}); delete it and run the same pack again") from None
     return Record(**{name: value if name == "sizes" else value.item() for name, value in values.items()})
 

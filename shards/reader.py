@@ -20,7 +20,11 @@ import numpy as np
 from shards import audio, format, index, union
 from shards.cache import Cache
 from shards.format import ShardError
+from shards.loose import open_files
 from shards.tars import MAX_OPEN, Tars
+from shards.utterances import Names, Utterances, as_batch, check_bounds, check_rows, repeated, search_sorted
+
+__all__ = ["PackedUtterances", "Utterances", "open_files", "open_shards"]
 
 
 def open_shards(
@@ -29,7 +33,7 @@ def open_shards(
     cache_dir: str | Path | None = None,
     cache_gib: float = 0.0,
     unite_speakers: bool = False,
-) -> Utterances:
+) -> PackedUtterances:
     """Opens one packed data set or several. With several, speakers are `FOLDER/SPEAKER` unless unite_speakers joins equal names.
 
     cache_dir: node-local folder that tars are copied to, up to cache_gib GiB (0: no limit). Raises ShardError.
@@ -37,38 +41,11 @@ def open_shards(
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not paths:
         raise ShardError("no data set given; expected the folder of at least one")
-    return Utterances([Path(path) for path in paths], cache_dir, cache_gib, unite_speakers)
+    return PackedUtterances([Path(path) for path in paths], cache_dir, cache_gib, unite_speakers)
 
 
-def open_files(list_path: str | Path, root: str | Path, sample_rate: int = 16000) -> Utterances:
-    """Loose WAV or FLAC files, lines `speaker path`, through the same interface. Every file's header is read; errors name the line."""
-    from shards.loose import LooseUtterances  # it builds on this module
-
-    return LooseUtterances(list_path, root, sample_rate)
-
-
-class Names(Sequence):
-    """Byte strings of an array as text, decoded when asked for. array: (n,) S."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [name.decode() for name in self.array[i].tolist()]
-        return bytes(self.array[i]).decode()
-
-
-class Utterances:
-    """N utterances of S speakers; the rows of a speaker are contiguous.
-
-    sample_rate: Hz; speakers: S names; labels: (S,) u32; speaker_rows: (S + 1,) u64, rows of speaker s are [p[s], p[s + 1]);
-    samples: (N,) lengths in PCM samples; fingerprint: hex, of names, lengths, content and labels, not of paths.
-    Picklable, and usable in forked processes and in threads.
-    """
+class PackedUtterances:
+    """Utterances of one packed data set or several; see shards.utterances."""
 
     def __init__(self, paths: list[Path], cache_dir=None, cache_gib: float = 0.0, unite_speakers: bool = False):
         self._arguments = (paths, cache_dir, cache_gib, unite_speakers)
@@ -131,17 +108,7 @@ class Utterances:
         return samples
 
     def read_batch(self, rows: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
-        """Fills out[i] with the samples of utterance rows[i] from starts[i] on.
-
-        rows, starts: (n,) integers; out: (n, samples) int16, C-contiguous. An utterance shorter than the crop is
-        repeated, from `start` taken modulo its length. Raises ShardError for damage, ValueError for a crop out of bounds.
-        """
-        rows, starts = np.asarray(rows, np.int64), np.asarray(starts, np.int64)
-        if out.dtype != np.int16 or out.ndim != 2 or len(out) != len(rows) or not out.flags.c_contiguous:
-            raise ValueError(f"out is {out.dtype} {out.shape}, expected contiguous int16 ({len(rows)}, samples)")
-        self._read(rows, starts, out)
-
-    def _read(self, rows: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
+        rows, starts = as_batch(rows, starts, out)
         table = self._rows(rows)
         check_bounds(rows, starts, table["samples"].astype(np.int64), out.shape[1])
         direct = (table["samples"] >= out.shape[1]) & self._is_wav(table)
@@ -177,8 +144,7 @@ class Utterances:
         if samples >= length:
             self._decode(self._payload(entry, row), start, out, row)
         else:
-            whole = self.read_utterance(row)
-            out[:] = np.resize(np.roll(whole, -(start % samples)), length)
+            out[:] = repeated(self.read_utterance(row), start, length)
 
     def _payload(self, entry: np.void, row: int) -> bytes:
         shard, nbytes = int(entry["shard"]), int(entry["nbytes"])
@@ -246,20 +212,6 @@ class Utterances:
         return table
 
 
-def check_rows(rows: np.ndarray, n: int) -> None:
-    """Raises IndexError where a row is not one of n."""
-    if len(rows) and not (rows.min() >= 0 and rows.max() < n):
-        raise IndexError(f"rows from {rows.min()} to {rows.max()}, there are {n}")
-
-
-def check_bounds(rows: np.ndarray, starts: np.ndarray, samples: np.ndarray, length: int) -> None:
-    """Raises ValueError naming the first crop that its utterance does not hold; shorter utterances hold any crop."""
-    outside = (starts < 0) | ((samples >= length) & (starts + length > samples))
-    if outside.any():
-        i = int(outside.argmax())
-        raise ValueError(f"row {rows[i]} has {samples[i]} samples; no crop of {length} from {starts[i]}")
-
-
 _LITTLE_ENDIAN = np.dtype("<i2") == np.dtype(np.int16)
 
 
@@ -284,13 +236,3 @@ def _search(opened: index.Index, names: list[bytes]) -> np.ndarray:
         if row >= 0 and format.crc16(name) != check:
             raise ShardError(f"{opened.folder}/index/keys.npy: key {row}, {name!r}, is damaged; {format.REMAKE}")
     return rows
-
-
-def search_sorted(keys: np.ndarray, names: list[bytes]) -> np.ndarray:
-    """(n,) int64 positions of names in sorted keys, -1 where there is none."""
-    # A name that is wider than the keys would make numpy copy all keys to its width.
-    width = keys.dtype.itemsize
-    fits = np.array([len(name) <= width and b"\0" not in name for name in names], bool)
-    wanted = np.array([name if ok else b"" for name, ok in zip(names, fits)], keys.dtype)
-    rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(fits & (keys[rows] == wanted), rows, -1)

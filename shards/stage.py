@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shards import index
+from shards import errors, index
 from shards.cache import Cache
 from shards.format import ShardError
 
@@ -31,28 +31,26 @@ def stage(out: str | Path, cache_dir: str | Path, limit_gib: float = 0.0, progre
     total = sum(entry["filesize"] for entry in entries)
     with tqdm(total=total, desc="stage", unit="B", unit_scale=True, disable=not progress) as bar:
         for entry in entries:
-            try:
-                there += cache.copy(out / entry["url"], entry, bar.update, block=True)
-            except FileNotFoundError:
-                raise ShardError(f"{out / entry['url']} is missing; copy or pack it again") from None
+            there += cache.copy(out / entry["url"], entry, bar.update, block=True)
     return there, len(entries)
 
 
 def main(argv: list[str] | None = None) -> int:
+    return errors.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> None:
     p = argparse.ArgumentParser("python -m shards.stage", description="Copy a packed data set to a node's own disk.")
     p.add_argument("out", help="folder of a packed data set")
     p.add_argument("cache", help="folder on the node's own disk")
     p.add_argument("--limit-gib", type=float, default=0.0, help="largest size of the cache; 0: no limit")
     args = p.parse_args(argv)
-    try:
-        there, total = stage(args.out, args.cache, args.limit_gib, progress=True)
-    except ShardError as error:
-        print(f"stage: {error}", file=sys.stderr)
-        return 1
+    if args.limit_gib < 0:
+        raise ShardError(f"--limit-gib {args.limit_gib}: expected 0 (no limit) or more")
+    there, total = stage(args.out, args.cache, args.limit_gib, progress=True)
     print(f"{args.cache}: {there} of {total} tars of {args.out}")
     if there < total:
         print(f"the other {total - there} do not fit and will be read from {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

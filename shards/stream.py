@@ -59,7 +59,7 @@ def _decoded(sample: dict, url: str, sample_rate: int) -> tuple[str, str, np.nda
         raise ShardError(
             f"{url}: {key} has {sorted(sample)}, expected spk and wav or flac: damaged, or not packed by shards.pack"
         )
-    pcm = audio.decode(sample[codec], f"{url}: {key}.{codec}", sample_rate)
+    pcm = audio.decode(sample[codec], f"{url}: {key}.{codec}", sample_rate).pcm
     return sample["spk"].decode(), key, np.frombuffer(pcm, "<i2").astype(np.int16, copy=False)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from shards import index
 from shards.cache import Cache
-from shards.format import BLOCK, ShardError
+from shards.format import BLOCK, ShardError, identity_block, open_regular
 
 MAX_OPEN = 256  # files of a process
 RECHECK_SECONDS = 10.0  # between two looks whether a cached copy has come to be
@@ -38,9 +38,13 @@ class Tars:
         return self._source(shard)[0]
 
     def _source(self, shard: int) -> tuple[Path, dict]:
-        where = int(np.searchsorted(self._first_shard, shard, "right")) - 1
-        entry = self._indexes[where].entry(shard - int(self._first_shard[where]))
+        where, shard = self._place(shard)
+        entry = self._indexes[where].entry(shard)
         return self._indexes[where].folder / entry["url"], entry
+
+    def _place(self, shard: int) -> tuple[int, int]:
+        where = int(np.searchsorted(self._first_shard, shard, "right")) - 1
+        return where, shard - int(self._first_shard[where])
 
     def lock(self) -> Opened:
         """An `Opened`, of this process."""
@@ -72,7 +76,8 @@ class Tars:
             chosen = self._cache.tar(path, entry)
             (self._at_source.add if chosen == path else self._at_source.discard)(shard)
             path = chosen
-        fd = self._fds[shard] = _open_tar(path, entry)
+        where, number = self._place(shard)
+        fd = self._fds[shard] = _open_tar(path, entry, self._indexes[where].identity(number))
         return fd
 
     def look_for_copies(self) -> None:
@@ -103,26 +108,30 @@ class Opened:
         self._tars._lock.release()
 
 
-def _open_tar(path: Path, entry: dict) -> int:
-    """Opens a tar whose size and first header are those of the index. Raises ShardError."""
+def _open_tar(path: Path, entry: dict, identity: str | None) -> int:
+    """Opens a tar whose size, first header and identity (None: of an older pack, not known) are those of the index."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = open_regular(path)
     except FileNotFoundError:
         raise ShardError(
             f"{path} is missing; index.json lists it with {entry['filesize']} bytes; copy or pack it again"
         ) from None
-    try:
-        size = os.fstat(fd).st_size
+    except OSError as error:
+        raise ShardError(f"{path} is not readable ({error.strerror}); correct that, or copy it again") from None
+    with file:
+        size = os.fstat(file.fileno()).st_size
         if size != entry["filesize"]:
             raise ShardError(
                 f"{path}: found {size} bytes, index.json says {entry['filesize']}: cut, swapped, or the index is stale; "
                 "copy or pack it again"
             )
-        if zlib.crc32(os.pread(fd, BLOCK, 0)) != entry["head_crc32"]:
+        if zlib.crc32(os.pread(file.fileno(), BLOCK, 0)) != entry["head_crc32"]:
             raise ShardError(
                 f"{path}: its first header is not the one in index.json: damaged, or another tar of the same size; copy or pack it again"
             )
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+        if identity and os.pread(file.fileno(), BLOCK, size - BLOCK) != identity_block(identity):
+            raise ShardError(
+                f"{path}: its last block is not that of the tar in index.json: a tar or an index of another data set or of an "
+                "earlier pack; copy both from the same place, or pack it again"
+            )
+        return os.dup(file.fileno())

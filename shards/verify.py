@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from shards import format, index, plan
+from shards import errors, format, index, plan
 from shards.format import BLOCK, ShardError
 
 SHOWN = 10  # affected utterances printed for a tar
@@ -55,7 +55,7 @@ def verify(out: str | Path, workers: int = 1, progress: bool = False) -> Report:
     out = Path(out)
     try:
         meta = index.read_meta(out)
-    except ShardError as error:
+    except (ShardError, OSError) as error:
         return Report(1, [Damage("index/index.json", str(error))])
     sums, damages = _read_sums(out, meta)
     opened = None
@@ -64,9 +64,9 @@ def verify(out: str | Path, workers: int = 1, progress: bool = False) -> Report:
         damages += _check_index(opened)
         if [opened.entry(shard) for shard in range(len(opened.tars))] != meta["shardlist"]:
             damages.append(Damage("index/tars.npy", f"it differs from index.json's shardlist; {format.REMAKE}"))
-    except ShardError as error:
+    except (ShardError, OSError) as error:
         damages.append(Damage("index", str(error)))
-    small = [f"index/{name}" for name in index.FILES] + sorted(path for path in sums if path.startswith("parts/"))
+    small = [f"index/{name}" for name in meta["files"]] + sorted(path for path in sums if path.startswith("parts/"))
     total = sum(entry["filesize"] for entry in meta["shardlist"])
     with (
         tqdm(total=total, desc="verify", unit="B", unit_scale=True, delay=1, disable=not progress) as bar,
@@ -75,7 +75,7 @@ def verify(out: str | Path, workers: int = 1, progress: bool = False) -> Report:
         groups = _rows_of_tars(opened, len(meta["shardlist"]))
         check = functools.partial(check_tar, out, opened, bar.update)
         damages += [damage for damage in pool.map(check, meta["shardlist"], groups) if damage]
-    expected = {f"index/{name}": meta["files"][name]["sha256"] for name in index.FILES}
+    expected = {f"index/{name}": meta["files"][name]["sha256"] for name in meta["files"]}
     damages += [damage for path in small if (damage := _check_small(out, path, expected.get(path, sums.get(path))))]
     return Report(len(meta["shardlist"]) + len(small) + 2, damages, meta["utterances"], meta["speakers"])
 
@@ -85,6 +85,8 @@ def _check_small(out: Path, path: str, sha256: str) -> Damage | None:
         found = format.sha256_file(out / path)
     except OSError as error:
         return Damage(path, f"not readable: {error.strerror}")
+    except ShardError as error:
+        return Damage(path, str(error))
     return None if found == sha256 else Damage(path, f"sha256 is {found[:16]}..., expected {sha256[:16]}...")
 
 
@@ -97,9 +99,11 @@ def _read_sums(out: Path, meta: dict) -> tuple[dict[str, str], list[Damage]]:
     generations = {entry["generation"] for entry in meta["shardlist"]}
     parts |= {f"parts/plan-{generation:03d}.npz" for generation in generations}
     try:
-        lines = (out / "SHA256SUMS").read_bytes().split(b"\n")
+        lines = format.read_bytes(out / "SHA256SUMS").split(b"\n")
     except OSError as error:
         return {}, [Damage("SHA256SUMS", f"not readable: {error.strerror}")]
+    except ShardError as error:
+        return {}, [Damage("SHA256SUMS", str(error))]
     sums = {}
     for line in lines[:-1]:
         digest, _, path = line.decode("utf-8", "replace").partition("  ")
@@ -149,7 +153,7 @@ def check_tar(out: Path, opened: index.Index | None, progress, entry: dict, rows
     path, affected = out / entry["url"], []
     digest, position = hashlib.sha256(), 0
     try:
-        with open(path, "rb") as file:
+        with format.open_regular(path, -1) as file:
             size = os.fstat(file.fileno()).st_size
             for row in rows.tolist():
                 end = _end(opened.rows[row])
@@ -162,8 +166,8 @@ def check_tar(out: Path, opened: index.Index | None, progress, entry: dict, rows
                 progress(len(piece))
             while piece := file.read(1 << 22):
                 digest.update(piece)
-    except OSError as error:
-        reason = f"the tar is not readable: {error.strerror}"
+    except (OSError, ShardError) as error:
+        reason = f"the tar is not readable: {getattr(error, 'strerror', None) or error}"
         keys = [bytes(opened.keys[row]).decode("utf-8", "replace") for row in rows.tolist()]
         return Damage(entry["url"], reason, [(key, reason) for key in keys])
     if size != entry["filesize"]:
@@ -225,11 +229,20 @@ def print_report(out: str | Path, report: Report, file=None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return errors.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> int:
     p = argparse.ArgumentParser("python -m shards.verify", description="Check every byte of packed data sets.")
     p.add_argument("out", nargs="+", help="folder of a packed data set")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
     p.add_argument("--list", metavar="FILE", help="write every affected utterance and the reason to FILE")
     args = p.parse_args(argv)
+    if args.list:
+        inputs = {
+            f"{name} of {out}": Path(out) / name for out in args.out for name in ("SHA256SUMS", "index/index.json")
+        }
+        format.refuse_overwriting(args.list, inputs)
     reports = [verify(out, args.workers, progress=True) for out in args.out]
     for out, report in zip(args.out, reports):
         print_report(out, report)

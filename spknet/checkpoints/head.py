@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from shards.format import atomic_write
-from spknet.checkpoints.file import CheckpointError, folder_of, read
+from spknet.checkpoints.file import CheckpointError, dump, folder_of, read
 from spknet.losses.sharded import Piece, Sharded
 from spknet.parallel.ranks import here
 from spknet.parallel.together import gather_objects, together
@@ -76,7 +76,7 @@ def _write_piece(folder: Path, head: Sharded, piece: Piece, optimizer: torch.opt
         "seen": piece.seen,
     }
     with atomic_write(folder / name) as file:
-        torch.save(content, file)
+        dump(content, file)
     return {"first": piece.first, "last": piece.last, "name": name, "bytes": os.stat(folder / name).st_size}
 
 
@@ -204,7 +204,9 @@ def _fill(parameter, key: str, content: dict, optimizer, rows: tuple[torch.Tenso
     for name, value in content["moments"].get(key, {}).items() if optimizer is not None else ():
         state = optimizer.state[parameter]
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            state[name] = value
+            state[name] = (
+                value.clone() if isinstance(value, torch.Tensor) else value
+            )  # counted up in place, by each piece
             continue
         if name not in state:
             state[name] = torch.zeros_like(parameter)

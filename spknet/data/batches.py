@@ -77,6 +77,7 @@ class Steps(torch.utils.data.Dataset):
         rate = corpus.utterances.sample_rate
         self.samples = round(config.data.crop_seconds * rate)
         self.augmenter = Augmenter(config.augment, config.train.seed, self.samples, rate)
+        self.speed_labels = config.augment.speed_labels and bool(config.augment.speed)
         self.workers = config.data.workers
         self.ring: list[torch.Tensor] = []  # a worker's own
 
@@ -99,7 +100,7 @@ class Steps(torch.utils.data.Dataset):
         speakers = np.searchsorted(utterances.speaker_rows, rows[:, 0], side="right") - 1
         draws = np.stack([rng.uniform(self.seed, epoch, f"loss {i}", slots[:, 0]) for i in range(2)], axis=1)
         labels, speed_slots = utterances.labels[speakers].astype(np.int64), None
-        if self.corpus.classes_per_speaker > 1:
+        if self.speed_labels:
             # All utterances of a speaker in a batch at one speed: they are one class.
             speed_slots = np.repeat(slots[:, :1], slots.shape[1], axis=1).reshape(-1)
             labels = labels + self.corpus.n_labels * self.augmenter.speed_index(epoch, slots[:, 0])
@@ -169,12 +170,7 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        try:
-            batch = next(self.iterator)
-        except RuntimeError as error:
-            if "worker" not in str(error):
-                raise
-            raise _lost(error, self.workers) from None
+        batch = next(self.iterator)
         if isinstance(batch, UserError):
             raise batch
         return batch
@@ -185,8 +181,14 @@ class Batches:
         del self.iterator
 
 
-def _lost(error: RuntimeError, workers: int) -> Exception:
+def of_loader(error: BaseException, workers: int) -> Exception | None:
+    """What a RuntimeError of torch's says of a loader process that ended; None for any other error.
+
+    torch raises it wherever the main thread happens to be when the process ends.
+    """
     said = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in said:
+        return None
     if "Bus error" in said or "shared memory" in said:
         return UserError(f"a loader process found /dev/shm full; {_remedy(workers)}")
     return LoaderLost(f"a loader process is gone ({said}); the run continues from its newest checkpoint")

@@ -226,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     The last word of each line names an utterance, so training lists do as they are; alone or under torchrun.
     """
     from shards.format import ShardError
-    from spknet.checkpoints.file import CheckpointError, load_network
+    from spknet.checkpoints.file import CheckpointError
+    from spknet.checkpoints.network import load_network
     from spknet.evaluate import embeddings as kept
     from spknet.evaluate.systems import Embedded
     from spknet.evaluate.trials import TrialError, open_text

@@ -19,7 +19,8 @@ import torch
 
 from shards.format import ShardError, atomic_write
 from spknet import rng
-from spknet.checkpoints.file import CheckpointError, load_network
+from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.network import load_network
 from spknet.config import Config, ConfigError, DataConfig, EvalConfig, LossConfig
 from spknet.evaluate import embeddings as kept
 from spknet.evaluate import groups as breakdown

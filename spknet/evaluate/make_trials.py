@@ -18,7 +18,8 @@ import numpy as np
 
 from shards.format import ShardError, atomic_write
 from spknet import rng
-from spknet.checkpoints.file import CheckpointError, load_network
+from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.network import load_network
 from spknet.evaluate import embeddings as kept
 from spknet.evaluate import scoring
 from spknet.evaluate.groups import read_metadata

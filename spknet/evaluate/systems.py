@@ -118,7 +118,7 @@ class Backend:
 
 
 def trained_speakers(config: Config, meta: dict) -> list[str] | None:
-    """The speakers that a network of spknet.checkpoints.file.load_network was trained on; None where its file does not say."""
+    """The speakers that a network of spknet.checkpoints.network.load_network was trained on; None where its file does not say."""
     if "speakers" not in meta:
         return None
     kept_out = dev_speakers(meta["speakers"], config.data.dev_speakers)

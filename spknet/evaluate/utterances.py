@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-import soundfile
 
 from shards.audio import read_audio
 from shards.format import ShardError
+from shards.headers import read_header
+from shards.lists import key_of_name
 
 SAMPLE_RATE = 16000  # Hz, where no network says otherwise
 ENDINGS = (".wav", ".flac")
@@ -71,7 +72,7 @@ class Sources:
         where: list = [None] * len(names)
         samples = np.zeros(len(names), dtype=np.int64)
         for number, data in enumerate(self.sets):
-            for form in (str, stem):
+            for form in (str, stem, key_of_name):
                 wanted = [i for i, place in enumerate(where) if place is None]
                 rows = data.find([form(names[i]) for i in wanted]) if wanted else []
                 for i, row in zip(wanted, rows):
@@ -92,12 +93,9 @@ class Sources:
 
     def _length(self, path: str) -> int:
         """Samples of a file from its header; where that is unusual, by decoding it (which names what is wrong)."""
-        try:
-            header = soundfile.info(path)
-        except (soundfile.SoundFileError, RuntimeError):
-            return len(read_audio(path, self.sample_rate))
-        if (header.samplerate, header.channels) == (self.sample_rate, 1) and 0 < header.frames < 2**40:
-            return header.frames
+        header = read_header(path)
+        if header.samples and (header.rate, header.channels, header.bits) == (self.sample_rate, 1, 16):
+            return header.samples
         return len(read_audio(path, self.sample_rate))
 
     def read(self, places: Places, index: int) -> np.ndarray:

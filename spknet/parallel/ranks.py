@@ -31,6 +31,7 @@ from spknet.errors import UserError
 from spknet.parallel.nodelist import first_host
 
 PATIENCE = 10.0  # seconds of waiting after which a rank says what it waits for
+GOODBYE = 2.0  # seconds that the store outlives its rank's last words
 
 
 class RankError(UserError):
@@ -60,6 +61,7 @@ class Meeting:
     store: dist.Store | None = None  # None: alone
     address: tuple[str, int] | None = None
     limit: float = 600.0  # seconds that a rank waits for the others
+    serves: bool = False  # whether this process holds the store
 
 
 _meeting = Meeting(Ranks())
@@ -121,10 +123,26 @@ def meet(timeout_seconds: float = 600.0) -> Iterator[Ranks]:
         if _meeting.me.world_size > 1:
             _meeting.address = (os.environ["MASTER_ADDR"], _number(os.environ, "MASTER_PORT"))
             _meeting.store = _open_store(_meeting)
-            _await_all(_meeting)
+            try:
+                _await_all(_meeting)
+            except (dist.DistStoreError, dist.DistNetworkError):
+                raise RankError(f"rank 0 at {_meeting.address[0]} has left before all ranks had come") from None
         yield _meeting.me
     finally:
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            leave(_meeting)
         _meeting = before
+
+
+def leave(where: Meeting) -> None:
+    """Says goodbye. The rank that holds the store stays a moment, so that all others read what was told last."""
+    if where.store is None:
+        return
+    where.store.set(f"left/{where.me.rank}", "")
+    others = [f"left/{rank}" for rank in range(where.me.world_size)]
+    end = time.monotonic() + GOODBYE
+    while where.serves and time.monotonic() < end and not where.store.check(others):
+        time.sleep(0.02)
 
 
 def connect(where: Meeting, timeout_seconds: float) -> dist.TCPStore:
@@ -136,7 +154,7 @@ def connect(where: Meeting, timeout_seconds: float) -> dist.TCPStore:
 def _open_store(where: Meeting) -> dist.Store:
     me, (host, port) = where.me, where.address
     # torchrun's agent holds the store itself where it says so; otherwise rank 0 does.
-    serves = me.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where.serves = serves = me.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = datetime.timedelta(seconds=where.limit)
     try:
         with _saying(f"waiting for the store of rank 0 at {host}:{port}"):
@@ -162,29 +180,30 @@ def _await_all(where: Meeting) -> None:
     """Every rank says that it is here and how many it expects; all learn who is missing."""
     me, store = where.me, where.store
     store.set(f"here/{me.rank}", f"{me.world_size} {socket.gethostname()}")
-    end = time.monotonic() + where.limit
-    told = time.monotonic() + PATIENCE
-    while True:
-        missing = [r for r in range(me.world_size) if not store.check([f"here/{r}"])]
-        if not missing:
-            break
+    begun = told = time.monotonic()
+    missing = list(range(me.world_size))
+    while missing:
+        for rank in [r for r in missing if store.check([f"here/{r}"])]:
+            missing.remove(rank)
+            _check_size(me, rank, *store.get(f"here/{rank}").decode().split(" ", 1))
         now = time.monotonic()
         names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        if now > end:
+        if missing and now - begun > where.limit:
             raise RankError(
                 f"rank {names} of {me.world_size} did not come to {where.address[0]} within {where.limit:g} s"
             )
-        if now > told and me.first:
+        if missing and me.first and now - told > PATIENCE:
             print(f"waiting for rank {names} of {me.world_size}", file=sys.stderr, flush=True)
-            told = now + 6 * PATIENCE
-        time.sleep(0.05)
-    for rank in range(me.world_size):
-        theirs, host = store.get(f"here/{rank}").decode().split(" ", 1)
-        if int(theirs) != me.world_size:
-            raise RankError(
-                f"rank {rank} ({host}) was started as one of {theirs}, rank {me.rank} as one of {me.world_size}; start all"
-                " with one WORLD_SIZE"
-            )
+            told = now + 5 * PATIENCE
+        time.sleep(0.05 if missing else 0)
+
+
+def _check_size(me: Ranks, rank: int, size: str, host: str) -> None:
+    if int(size) != me.world_size:
+        raise RankError(
+            f"rank {rank} ({host}) was started as one of {size}, rank {me.rank} as one of {me.world_size}; start all"
+            " with one WORLD_SIZE"
+        )
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from spknet.parallel.ranks import PATIENCE, connect, here, meeting
+from spknet.parallel.ranks import PATIENCE, connect, here, leave, meeting
 
 REQUEUE = 75  # exit status: not done, start the same command again (EX_TEMPFAIL)
 GRACE = 5.0  # seconds that a failing rank stays, so that all others learn why
@@ -134,6 +134,9 @@ class Watchdog:
                 self.report(failure)
             for child in multiprocessing.active_children():
                 child.kill()  # loaders ignore gentler signals
+            if self.me.world_size > 1 and tell:
+                with contextlib.suppress(RuntimeError):
+                    leave(meeting())
             os._exit(failure.status)
 
     def _stalled(self) -> str:

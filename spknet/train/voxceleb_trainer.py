@@ -60,14 +60,14 @@ class Translation:
 
     def evaluate(self) -> int:
         """Does what `--eval` asks for: embeds, scores, prints EER and minDCF, never asks. Returns the exit status."""
-        from spknet.checkpoints import file as checkpoint
+        from spknet.checkpoints.network import load_network
         from spknet.evaluate import evaluation as evaluate
         from spknet.parallel.ranks import join
 
         config, out = self.config, Path(self.config.run_dir) / "eval" / "initial"
         with join(config.train.device, config.train.threads) as me:
             path = config.train.initial_model or config.run_dir
-            model, _, _ = checkpoint.load_network(path, me.device, model=config.model)
+            model, _, _ = load_network(path, me.device, model=config.model)
             found = evaluate.evaluate_network(model, config, out_dir=out, device=me.device)
             if me.first:
                 print(f"EER {found['eer']:.4f} %, minDCF(0.05) {found['min_dcf_p05']:.5f}; report: {out}")
@@ -160,7 +160,8 @@ def _values(flags: argparse.Namespace, version: str, notes: list[str]) -> dict[s
     if flags.mixedprec:
         values["train"]["precision"] = "fp16"
     if flags.augment:
-        values["augment"] = {"noise_shards": flags.musan_path, "rir_shards": flags.rir_path}
+        shards = {"noise_shards": flags.musan_path, "rir_shards": flags.rir_path}
+        values["augment"] = {"preset": "voxceleb_trainer", **shards}
     notes += _remarks(flags)
     return values
 

@@ -127,7 +127,7 @@ def test_damaged_and_missing_sources_are_not_staged(tmp_path, capsys):
         stage(out, tmp_path / "cache")
     assert not [name for name in tars(tmp_path / "cache") if "000001" in name]
     tar.unlink()
-    assert main([str(out), str(tmp_path / "cache")]) == 1
+    assert main([str(out), str(tmp_path / "cache")]) == 2
     assert "train-000001.tar is missing; copy or pack it again" in capsys.readouterr().err
 
 

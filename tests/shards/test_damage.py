@@ -125,7 +125,7 @@ def edited(**values):
         (stale_index, r"(found \d+ bytes, index.json says \d+: cut, swapped|its first header is not the one)"),
         (truncated_npy, r"utterances.npy: found \d+ bytes, index.json says \d+: cut or replaced; make the index again"),
         (pickle_in_npy, r"keys.npy: found a pickle \(type \|O\), which is never loaded, expected \|S\d+ of 30"),
-        (damaged_row, r"utterances.npy: row \d+ is damaged; make the index again with"),
+        (damaged_row, "utterances.npy is damaged or of another data set; make the index again with"),
         (lambda out: (out / "index" / "index.json").unlink(), "is not a packed data set, or is not packed to the end"),
         (lambda out: (out / "index" / "labels.npy").unlink(), "labels.npy is missing; make the index again"),
         (
@@ -178,13 +178,17 @@ def test_an_index_json_without_its_shardlist_is_refused_where_it_is_needed(tmp_p
     assert verify(out).damages
 
 
-def test_a_damaged_key_is_noticed_when_it_is_used(tmp_path):
+def test_a_damaged_row_or_key_that_no_probe_touches_is_noticed_when_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "PROBES", 1)  # as in a data set of millions: only row 0
     out, audio = packed(tmp_path)
     damaged_key(out)
+    damaged_row(out)
     utterances = open_shards(out)
     with pytest.raises(ShardError, match=r"key 29, .* is damaged; make the index again"):
         utterances.key(29)
     assert utterances.find([max(audio)]).tolist() == [-1]
+    with pytest.raises(ShardError, match=r"utterances.npy: row \d+ is damaged; make the index again with"):
+        read_everything(out)
 
 
 def test_a_tar_that_is_cut_after_it_was_opened_is_an_error(tmp_path):
@@ -242,7 +246,8 @@ def test_verify_finds_a_pack_whose_sums_are_right_and_whose_index_is_wrong(tmp_p
     rows["crc32"][3] ^= 1
     settings = type("S", (), {"sample_rate": 16000, "codec": "wav"})()
     sums = [tuple(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines() if "parts/" in line]
-    index.write_index(out, rows, keys, np.array(opened.tars), settings, 0, tuple(sums))
+    tars, identities = np.array(opened.tars), np.array(opened.identities)
+    index.write_index(out, index.Contents(rows, keys, tars, identities, settings, 0, list(sums)))
     report = verify(out)
     assert report.affected() == {keys[3].decode(): "its audio is damaged (crc32)"}
 

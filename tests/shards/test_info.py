@@ -26,5 +26,5 @@ def test_histogram_bars_are_as_long_as_their_counts_and_lose_no_value():
 
 
 def test_a_folder_that_holds_no_data_set_is_an_error(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 2
     assert "is not a packed data set, or is not packed to the end" in capsys.readouterr().err

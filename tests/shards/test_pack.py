@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import index, parts, plan
+from shards import index, lists, parts, plan
 from shards.archive import LOCATION, read_source
 from shards.format import ShardError
 from shards.pack import main, pack, parse_task
@@ -43,7 +43,7 @@ def test_packs_are_bit_identical_for_any_workers_and_tasks(tmp_path, capsys):
     assert main([*shared, "--out", str(tmp_path / "a"), "--workers", "1"]) == 0
     assert main([*shared, "--out", str(tmp_path / "b"), "--workers", "3"]) == 0
     for task in ("1/3", "0/3", "2/3"):
-        assert main(["--out", str(tmp_path / "c"), "--merge"]) == 1
+        assert main(["--out", str(tmp_path / "c"), "--merge"]) == 2
         assert main([*shared, "--out", str(tmp_path / "c"), "--workers", "1", "--task", task]) == 0
     assert "tars are not packed yet" in capsys.readouterr().err
     assert main(["--out", str(tmp_path / "c"), "--merge"]) == 0
@@ -63,9 +63,11 @@ def test_packing_again_writes_nothing_and_another_list_is_refused(tmp_path):
     entries = entries_of(tmp_path / "wav", audio)
     assert pack(entries, out, shard_bytes=60000, progress=False) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    with pytest.raises(ShardError, match="was begun with another list, seed, tar size, codec or rate"):
+    with pytest.raises(
+        ShardError, match=r"was begun with another list \(30 utterances, now 29\); give what it was begun with"
+    ):
         pack(entries[1:], out, shard_bytes=60000, progress=False)
-    with pytest.raises(ShardError, match="was begun with another list, seed"):
+    with pytest.raises(ShardError, match=r"was begun with the seed 0 \(now 1\)"):
         pack(entries, out, shard_bytes=60000, seed=1, progress=False)
 
 
@@ -144,22 +146,21 @@ def test_memory_of_the_list_is_flat():
     "line, message",
     [
         (b"id1 ../x.wav", r"line 2: path '\.\./x.wav' leaves the root folder"),
-        (b"id1 /etc/x.wav", "line 2: path '/etc/x.wav' leaves the root folder"),
-        (b"id1 /dev/zero", "line 2: path '/dev/zero' leaves the root folder"),
+        (b"id1 /etc/x.wav", "line 2: path '/etc/x.wav' is not below the root folder"),
+        (b"id1 /dev/zero", "line 2: path '/dev/zero' is not below the root folder"),
         (b"id1 id1/con/x.wav", "line 2: key 'id1/con/x' has the name of a device"),
         (b"id1", "line 2: found 'id1', expected `speaker path`"),
         (b"id1 id1/a\0b.wav", r"line 2: key 'id1/a\\x00b' has a control character"),
         (b"id1 id1/a\x0bb.wav", r"line 2: key 'id1/a\\x0bb' has a control character"),
         (b"id1 id1/\xff.wav", "line 2: .* is not UTF-8"),
-        (b"id1 id1/" + b"x" * 300 + b".wav", "line 2: .* has 304 bytes, at most 95"),
+        (b"x" * 128 + b" id1/a.wav", "line 2: speaker .* has 128 bytes, too many for a key; `spknet lists`"),
         (b"a/b a/b/c.wav", "line 2: speaker 'a/b': expected a name without '/'"),
-        (b"id1 id1/a.b.wav", "line 2: .* has a dot in its last part"),
     ],
 )
 def test_names_that_attack_are_refused_with_their_line(tmp_path, line, message):
     (tmp_path / "list.txt").write_bytes(b"id0 id0/a.wav\n" + line + b"\n")
     with pytest.raises(ShardError, match=message):
-        pack(plan.read_list(tmp_path / "list.txt", tmp_path), tmp_path / "out", progress=False)
+        pack(lists.read_list(tmp_path / "list.txt", tmp_path), tmp_path / "out", progress=False)
     assert not list(tmp_path.rglob("*.tar"))
 
 
@@ -273,7 +274,7 @@ def test_a_full_disk_is_a_clear_error_and_a_resumable_state(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", limited, *words[3:]], env=environment, capture_output=True, text=True
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert f"no room left in {out}" in result.stderr and "run the same command again" in result.stderr
     assert not list(out.rglob("*.tmp")) and not (out / "index").exists()
     subprocess.run(words, env=environment, check=True, capture_output=True)
@@ -361,16 +362,16 @@ def test_merging_parts_of_another_plan_is_refused(tmp_path):
 
 
 def test_a_folder_without_parts_cannot_be_merged(tmp_path, capsys):
-    assert main(["--out", str(tmp_path), "--merge"]) == 1
-    assert "holds no plan; pack something first" in capsys.readouterr().err
-    assert main(["--out", str(tmp_path)]) == 1
+    assert main(["--out", str(tmp_path), "--merge"]) == 2
+    assert "is not there; pack something first" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path)]) == 2
     assert "--list is missing" in capsys.readouterr().err
 
 
 def test_an_empty_list_is_refused(tmp_path):
     (tmp_path / "list.txt").write_text("\n")
     with pytest.raises(ShardError, match="the list is empty; expected lines `speaker path`"):
-        pack(plan.read_list(tmp_path / "list.txt", tmp_path), tmp_path / "out", progress=False)
+        pack(lists.read_list(tmp_path / "list.txt", tmp_path), tmp_path / "out", progress=False)
 
 
 def test_the_soft_limit_on_open_files_is_not_needed_to_pack(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from shards.pack import pack
 from spknet.checkpoints import export
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints.network import load_network
 from spknet.evaluate import embed, embeddings, evaluation
 from spknet.train.__main__ import main
 from tests.conftest import voice
@@ -64,7 +65,7 @@ def test_8_khz_is_trained_and_evaluated_at_8_khz(network, telephone, tmp_path):
     assert len(losses) == 2
     during = json.loads(next((run / "eval").glob("*/report.json")).read_text())
 
-    model, _, meta = checkpoint.load_network(run)
+    model, _, meta = load_network(run)
     assert model.sample_rate == meta["sample_rate"] == 8000 and model.features.hop == 80
     with torch.no_grad():  # the crops of the evaluation: 0.4 s, the whole 25 ms window of 200 samples
         assert model.features(torch.randn(1, 3200)).shape[2] in (38, 39, 41)
@@ -125,5 +126,5 @@ def test_checkpoints_that_do_not_say_their_rate_tell_it_by_their_window(telephon
     path, state = checkpoint.newest(tmp_path / "run", print)
     del state["sample_rate"], state["config"]["features"]
     torch.save(state, path)
-    model, config, _ = checkpoint.load_network(tmp_path / "run")
+    model, config, _ = load_network(tmp_path / "run")
     assert model.sample_rate == 8000 and config.features.name == "auto"
