@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None, theirs: bool = False) -> int:
 
 def _watched(run: Run, words, error: UserError | None, stop: StopSignals) -> int:
     """Everything that happens once the ranks have met."""
-    watchdog = Watchdog(run.report).start()
+    watchdog = Watchdog(run.report, lambda: stop.received).start()
     try:
         with together("reading the options"):
             if error is not None:
