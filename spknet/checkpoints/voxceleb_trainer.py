@@ -166,8 +166,11 @@ def fit(module: nn.Module, theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def same_kind(value: object, own: Tensor) -> bool:
-    """Whether a file's entry can be taken for an entry of a module: numbers of another width are, complex ones are not."""
-    return isinstance(value, Tensor) and not value.is_complex() and value.is_floating_point() == own.is_floating_point()
+    """Whether a file's entry can be taken for one of a module.
+
+    Numbers of another width can, and counters kept as floats; complex numbers and integers for a weight cannot.
+    """
+    return isinstance(value, Tensor) and not value.is_complex() and value.is_floating_point() >= own.is_floating_point()
 
 
 def load_into(model: nn.Module, loss: nn.Module | None, state: dict, allow_partial: bool = False) -> list[str]:
