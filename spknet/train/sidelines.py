@@ -86,7 +86,7 @@ class Sidelines:
             # Before an evaluation, too: a signal that comes in it finds the steps saved.
             self.save()
             if evaluates and not stop:
-                self.evaluate()
+                stop = self.evaluate()
                 t.task.train()
             self.meter.resume()
         return stop
@@ -119,7 +119,8 @@ class Sidelines:
         every = max(1, round(c.every_epochs * t.steps_per_epoch)) if c.every_epochs else t.total_steps
         return t.step == t.total_steps or (t.step > 0 and t.step % every == 0)
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> bool:
+        """Evaluates the network as it is, on all ranks. Returns whether a signal stopped it; it is then done after the restart."""
         """Evaluates the network, averaged where the run averages, on all ranks; a better development EER makes this step
         the best checkpoint."""
         t = self.trainer
@@ -128,9 +129,11 @@ class Sidelines:
         averaged = t.averaging.applied() if self.config.eval.weights == "averaged" else contextlib.nullcontext()
         # Whole utterances differ in length, and each length would be compiled anew.
         with torch.compiler.set_stance("force_eager"), averaged:
-            figures = evaluation.evaluate_network(
-                t.task.model, self.config, out_dir=folder, step=t.step, device=t.me.device
-            )
+            how = {"out_dir": folder, "step": t.step, "trials": t.lists}
+            try:
+                figures = evaluation.evaluate_network(t.task.model, self.config, **how, stop=self._is_asked_to_stop)
+            except evaluation.Stopped:
+                return True
         figures = broadcast(figures)
         if figures.get("dev_eer") is not None and (t.best is None or figures["dev_eer"] < t.best["dev_eer"]):
             t.best = {"step": t.step, "dev_eer": figures["dev_eer"]}
@@ -140,6 +143,10 @@ class Sidelines:
             self.log.add_picture("eval/det", folder / "det.png", t.step)
         if "eer" in figures:  # not with unlabelled lists only
             say(f"step {t.step}: EER {figures['eer']:.2f} %, minDCF(0.01) {figures['min_dcf_p01']:.3f}")
+        return False
+
+    def _is_asked_to_stop(self) -> bool:
+        return self.stop.received is not None
 
     def write_metrics(self) -> None:
         t, n = self.trainer, self.trainer.window["steps"]
