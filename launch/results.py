@@ -20,8 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.status import aligned, run_status, slurm_jobs
+import yaml
+
+from launch.jobs import read_json
+from launch.status import aligned, run_status, runs_in, slurm_jobs
 from launch.sweep import short
+from spknet.errors import run
 from spknet.train.metrics_log import read_metrics
 
 SEED = "train.seed"
@@ -38,21 +42,18 @@ class Row:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0; 1 where no run has an evaluation yet; 2 for a folder that is no sweep."""
+    """Exit status 0; 1 where no run has an evaluation yet; 2 for a folder without runs (StatusError)."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a sweep's folder")
+    parser.add_argument("folder", type=Path, help="a sweep's folder, or one with runs in it")
     parser.add_argument("--format", choices=["text", "csv", "markdown"], default="text")
     parser.add_argument("--metrics", nargs="+", default=list(METRICS), help="names in metrics.jsonl's `eval`")
     parser.add_argument("--choose", choices=["last", "best"], default="last", help="which evaluation of a run")
     parser.add_argument("--picture", type=Path, help="PNG with the first metric of every row and seed")
     parser.add_argument("--tensorboard", action="store_true", help="write SWEEP/hparams for TensorBoard")
     options = parser.parse_args(argv)
-    if not (options.folder / "sweep.json").exists():
-        print(f"launch.results: {options.folder} is not a sweep's folder (no sweep.json there)", file=sys.stderr)
-        return 2
-    runs = json.loads((options.folder / "sweep.json").read_text())["runs"]
+    runs = read_json(options.folder / "sweep.json").get("runs") or runs_by_hand(options.folder)
     figures, left_out = collect(options.folder, runs, options.choose)
     for name, why in left_out.items():
         print(f"left out: {name} ({why})", file=sys.stderr)
@@ -68,14 +69,38 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def runs_by_hand(folder: Path) -> dict[str, dict]:
+    """Runs that no sweep has made, as sweep.json holds them: their options are those in which their config.yaml differ.
+
+    Raises StatusError for a folder without runs.
+    """
+    found = runs_in(folder)
+    options = {path.name if path != folder else ".": flat_config(path / "config.yaml") for path in found}
+    keys = dict.fromkeys(key for config in options.values() for key in config if key != "run_dir")
+    varying = [key for key in keys if len({json.dumps(config.get(key)) for config in options.values()}) > 1]
+    return {name: {"overrides": {k: config[k] for k in varying if k in config}} for name, config in options.items()}
+
+
+def flat_config(path: Path) -> dict[str, Any]:
+    """config.yaml as {"optim.lr": 0.001, ...}; {} where it is missing or damaged."""
+    try:
+        groups = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    flat = {}
+    for group, values in groups.items() if isinstance(groups, dict) else ():
+        flat |= {f"{group}.{key}": v for key, v in values.items()} if isinstance(values, dict) else {group: values}
+    return flat
+
+
 def collect(folder: Path, runs: dict[str, dict], choose: str) -> tuple[dict[str, dict], dict[str, str]]:
     """({run: figures of its evaluation}, {run left out: why})."""
-    jobs = slurm_jobs()
+    known = slurm_jobs([folder / name for name in runs])
     figures, left_out = {}, {}
     for name in runs:
-        state = run_status(folder / name, jobs).state
+        state = run_status(folder / name, known).state
         path = folder / name / "metrics.jsonl"
-        lines = read_metrics(path) if path.exists() else []
+        lines = read_metrics(path) if path.is_file() else []
         evaluations = [{"step": line["step"], **line["eval"]} for line in lines if "eval" in line]
         if choose == "best":
             evaluations = [e for e in evaluations if e.get("dev_eer") is not None]
@@ -179,4 +204,4 @@ def write_hparams(folder: Path, runs: dict[str, dict], figures: dict[str, dict])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

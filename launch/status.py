@@ -2,20 +2,18 @@
 
 python -m launch.status runs/my_sweep [--watch [SECONDS]]
 
-queued     submitted, not started          done    the last step is trained and evaluated
-running    training now                    failed  an error of the run, or its job ended without a word
-requeued   interrupted, goes on by itself  missing never submitted
+queued     submitted, not started             done      the last step is trained and evaluated
+running    training now                       failed    an error of the run, or its job ended without a word
+requeued   interrupted, goes on by itself     missing   never submitted
+cancelled  stopped by its user; submitting it again continues it
+
+FOLDER is a sweep's, a run's, or any folder with runs in it, however they were started.
 """
 
 from __future__ import annotations
 
 import argparse
-import getpass
-import json
 import math
-import os
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -23,12 +21,21 @@ from pathlib import Path
 
 import yaml
 
+from launch import jobs
+from launch.jobs import WAITING, breathes, read_json, slurm_jobs
+from launch.logs import killed_ranks, last_life, plain
+from launch.starts import newest_checkpoint_step
+from spknet.errors import UserError, run
 from spknet.train.metrics_log import read_metrics
-from spknet.train.run_folder import STALE_SECONDS, read_state
 
 ACTIVE = ("queued", "running", "requeued")
 ORDINARY = ("", "None", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime")  # reasons that pass by themselves
 LOG_LINES = 12  # shown of a failed run's log
+NEW_SECONDS = 20  # a job that SLURM does not list although it was submitted
+
+
+class StatusError(UserError):
+    """The folder holds no runs; the message says what was looked for."""
 
 
 @dataclass
@@ -47,7 +54,7 @@ class Status:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0; 1 where a run failed; 2 for a folder without runs."""
+    """Exit status 0; 1 where a run failed; 2 for a folder without runs (StatusError)."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,11 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     while True:
-        try:
-            found = statuses(options.folder)
-        except FileNotFoundError as error:
-            print(f"launch.status: {error}", file=sys.stderr)
-            return 2
+        found = statuses(options.folder)
         if options.watch:
             print("\033[2J\033[H" + time.strftime("%H:%M:%S"))  # clear the terminal
         print(table(found), flush=True)
@@ -71,79 +74,92 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def statuses(folder: Path) -> list[Status]:
-    """Status of every run of a sweep, or of the one run that `folder` is. Raises FileNotFoundError where it is neither."""
-    if (folder / "sweep.json").exists():
-        runs = [folder / name for name in json.loads((folder / "sweep.json").read_text())["runs"]]
-    elif any((folder / name).exists() for name in ("state.json", "job.json")):
-        runs = [folder]
-    else:
-        raise FileNotFoundError(f"{folder} is neither a sweep (no sweep.json) nor a run (no state.json or job.json)")
-    jobs = slurm_jobs()
-    return [run_status(run, jobs) for run in runs]
+    """Status of every run in `folder`: a sweep, a run, or a folder of runs. Raises StatusError where it is none of these."""
+    runs = runs_in(folder)
+    known = slurm_jobs(runs)
+    return [run_status(one, known) for one in runs]
 
 
-def slurm_jobs() -> dict[str, str] | None:
-    """State and reason of each of this user's queued and running jobs by id (array elements as 12_3); None without SLURM."""
-    if shutil.which("squeue") is None:
-        return None
-    command = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r"]
-    asked = subprocess.run(command, capture_output=True, text=True)
-    return None if asked.returncode else dict(line.split("|", 1) for line in asked.stdout.splitlines())
+def runs_in(folder: Path) -> list[Path]:
+    """The runs of a sweep in its order, the run itself, or the runs among the folders below. Raises StatusError."""
+    named = read_json(folder / "sweep.json").get("runs", {})
+    if named:
+        return [folder / name for name in named]
+    if is_run(folder):
+        return [folder]
+    below = sorted(path for path in folder.glob("*/") if is_run(path)) if folder.is_dir() else []
+    if not below:
+        raise StatusError(
+            f"{folder} is neither a sweep (no sweep.json) nor a run (no state.json or job.json), and has no runs in it"
+        )
+    return below
 
 
-def run_status(run: Path, jobs: dict[str, str] | None) -> Status:
-    """What one run is doing, from its folder and the jobs that SLURM has."""
-    said = read_state(run) or {}
-    job = json.loads((run / "job.json").read_text()) if (run / "job.json").exists() else {}
+def is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("state.json", "job.json", "metrics.jsonl"))
+
+
+def run_status(run: Path, known: dict[str, str] | None) -> Status:
+    """What one run is doing, from its folder and what SLURM knows of its job."""
+    said, job = read_json(run / "state.json"), jobs.read_job(run)
+    damaged = not said and (run / "state.json").exists()
     fresh = said.get("time", 0) >= job.get("time", 0)  # not what an earlier job left behind
-    state, reason = _state(run, said if fresh or said.get("state") == "done" else {}, job, jobs)
+    state, reason = _state(run, said if fresh or said.get("state") == "done" else {}, job, known)
+    if damaged:
+        reason = f"state.json cannot be read; {reason}".removesuffix("; ")
+        state = "failed" if state == "missing" else state
     status = Status(run.name, state, said.get("step", 0), reason=reason, log=job.get("log"))
     _add_metrics(status, run)
     return status
 
 
-def _state(run: Path, said: dict, job: dict, jobs: dict[str, str] | None) -> tuple[str, str]:
-    if said.get("state") in ("done", "failed"):
-        return said["state"], said.get("reason", "")
+def _state(run: Path, said: dict, job: dict, known: dict[str, str] | None) -> tuple[str, str]:
+    word, reason = said.get("state"), said.get("reason", "")
+    if word in ("done", "failed"):
+        return word, reason
     if not job and not said:
         return "missing", ""
-    in_slurm, _, why = (_job_state(job, jobs) or "").partition("|")
-    if in_slurm in ("PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED"):
-        return ("requeued", said.get("reason", "")) if said else ("queued", why)
-    if in_slurm == "COMPLETING" and said.get("state") == "requeue":
-        return "requeued", said.get("reason", "")
-    if in_slurm in ("RUNNING", "COMPLETING") or (not in_slurm and _breathes(run)):
+    in_slurm, _, why = _job_state(run, job, known).partition("|")
+    if in_slurm in WAITING:
+        return ("requeued", reason) if said else ("queued", why)
+    if in_slurm == "COMPLETING" and word == "requeue":
+        return "requeued", reason
+    if in_slurm in jobs.ALIVE or breathes(run):
         return "running", ""
-    where = f"at step {said['step']}" if said else "before it started"
+    saved = newest_checkpoint_step(run)
+    again = f"`spknet resubmit {run}` continues it at step {saved}"
+    if in_slurm.startswith("CANCELLED") or "cancelled" in job:
+        return "cancelled", f"job {job.get('job')} was cancelled; {again}"
+    if word == "requeue" and not job:
+        return "cancelled", f"stopped by {reason or 'a signal'}; the same command continues it at step {saved}"
+    killed = killed_ranks(Path(job["log"])) if job.get("log") else []
+    signals = (
+        f", a rank was killed by signal {killed[0]}" + (" (often: out of memory)" if killed[0] == 9 else "")
+        if killed
+        else ""
+    )
     if in_slurm:
-        return "failed", f"job {job['job']} ended ({in_slurm}) {where}; submitting it again continues it"
-    if said.get("state") == "requeue":
-        return "requeued", said.get("reason", "")
-    return "failed", f"no sign of life {where}; the same command continues it"
+        code = f", {why}" if why and why != "None" else ""
+        return "failed", f"job {job['job']} ended ({in_slurm}{code}{signals}); {again}"
+    return "failed", f"no sign of life; the same command continues it at step {saved}"
 
 
-def _job_state(job: dict, jobs: dict[str, str] | None) -> str | None:
-    """PENDING, RUNNING, ... or the state a job ended with; None where nobody can tell."""
-    if job.get("executor") == "slurm" and jobs is not None:
-        return jobs.get(job["job"]) or _ended_as(job["job"])
-    if job.get("executor") == "local":
-        return "RUNNING" if Path(f"/proc/{job['job']}").exists() else "gone"
-    return None
-
-
-def _ended_as(job: str) -> str:
-    asked = subprocess.run(["sacct", "-X", "-n", "-P", "-j", job, "-o", "State"], capture_output=True, text=True)
-    return asked.stdout.split("\n")[0].strip() or "unknown to SLURM"
-
-
-def _breathes(run: Path) -> bool:
-    lock = run / "lock"
-    return lock.exists() and time.time() - lock.stat().st_mtime < STALE_SECONDS
+def _job_state(run: Path, job: dict, known: dict[str, str] | None) -> str:
+    """PENDING|reason, RUNNING|..., or the state a job ended with; empty where there is no job or nobody can tell."""
+    number = str(job.get("job"))
+    if job.get("executor") == "slurm" and known is not None:
+        # What was submitted a moment ago may not have reached the accounting yet.
+        return known.get(number) or (
+            "PENDING|" if time.time() - job.get("time", 0) < NEW_SECONDS else "unknown to SLURM"
+        )
+    if job.get("executor") in ("local", "debug"):
+        return "RUNNING" if Path(f"/proc/{number}").exists() else "gone"
+    return ""
 
 
 def _add_metrics(status: Status, run: Path) -> None:
     """Fill in what metrics.jsonl and config.yaml tell: step, speed, time left, newest EER."""
-    if not (run / "metrics.jsonl").exists():
+    if not (run / "metrics.jsonl").is_file():
         return
     lines = read_metrics(run / "metrics.jsonl")
     steps = [line for line in lines if "eval" not in line]
@@ -156,7 +172,11 @@ def _add_metrics(status: Status, run: Path) -> None:
     status.utterances_per_second = last.get("utterances_per_second")
     if not (run / "config.yaml").exists() or not last.get("epoch"):
         return
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["train"]["epochs"], config["data"]["speakers_per_batch"]
+    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
+        return
     an_epoch = round(last["step"] / last["epoch"])  # steps
     status.total_steps = int(min(config["train"]["epochs"] * an_epoch, config["train"]["max_steps"] or math.inf))
     if status.utterances_per_second and status.state in ACTIVE:
@@ -175,13 +195,13 @@ def table(found: list[Status]) -> str:
         rows.append((s.name, state, f"{s.step}{total}", speed, duration(s.seconds_left), eer))
     text = aligned(rows) + f"\n{summary(found)}"
     for s in found:
-        if s.state == "failed":
-            text += f"\n\n{s.name}: {s.reason or 'no reason given'}{last_lines(s.log)}"
+        if s.state in ("failed", "cancelled"):
+            text += f"\n\n{s.name}: {s.reason or 'no reason given'}{last_lines(s.log) if s.state == 'failed' else ''}"
     return text
 
 
 def summary(found: list[Status]) -> str:
-    names = ("queued", "running", "requeued", "done", "failed", "missing")
+    names = ("queued", "running", "requeued", "done", "failed", "cancelled", "missing")
     counts = [(sum(s.state == name for s in found), name) for name in names]
     return ", ".join(f"{n} {name}" for n, name in counts if n)
 
@@ -209,9 +229,9 @@ def duration(seconds: float | None) -> str:
 
 def last_lines(log: str | None, count: int = LOG_LINES) -> str:
     """The end of what the run itself wrote to its log, indented, after the log's name; empty where there is none."""
-    if log is None or not os.path.exists(log):
+    if log is None or not Path(log).exists():
         return ""
-    lines = Path(log).read_text(errors="replace").splitlines()
+    lines = plain(last_life(Path(log)))
     # torchrun and submitit each add a traceback of their own below the run's.
     last = [i for i, line in enumerate(lines) if "failed (exitcode" in line or line.startswith("submitit ERROR")]
     own = lines[: last[0]] if last else lines
@@ -219,4 +239,4 @@ def last_lines(log: str | None, count: int = LOG_LINES) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -3,226 +3,204 @@
     python -m launch.submit --nodes 4 --gpus-per-node 8 --partition gpu --hours 48 -- --config RECIPE --run_dir runs/a ...
     python -m launch.submit --executor local --ranks-per-node 2 -- --config RECIPE --run_dir runs/a
 
-What can be checked is checked here, before anything is queued: the run's options, the run folder, the partition.
+What can be checked is checked here, before anything is queued (launch/checks.py); `--dry-run` stops after that. What is the same for
+every run may stand in ~/.config/spknet/cluster.yaml (launch/cluster.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
-import shutil
-import subprocess
+import shlex
 import sys
-import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from spknet.config import Config, ConfigError
-from spknet.errors import UserError
-from spknet.options import parse
-from spknet.train.run_folder import write_json
-
-SINFO_SECONDS = 30  # a client that cannot reach its controller tries for a minute or more
+from launch import checks, cluster, jobs
+from launch.cluster import SubmitError, ranks_per_node, split_words
+from spknet.config import Config
+from spknet.errors import run
 
 
-class SubmitError(UserError):
-    """The run cannot be submitted; the message says what to change."""
+def parser() -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(
+        prog="spknet submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cluster.add_cluster_options(own)
+    own.add_argument("--name", help="the job's name (the run folder's)")
+    own.add_argument("--dry-run", action="store_true", help="check, and print what would be submitted")
+    return own
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_cluster_options(parser)
-    parser.add_argument("--name", help="the job's name (the run folder's)")
-    own, run_words = split_words(words)
-    options = parser.parse_args(own)
+    """Exit status 0; 2 for what cannot be submitted; with --executor debug 1 for a run that failed."""
+    own, run_words = split_words(sys.argv[1:] if argv is None else argv)
     try:
-        config = checked_config(run_words, options)
-        run_dir = writable_folder(config.run_dir)
-        task = make_task(run_words, run_dir, options)
-        check_cluster(options)
-        jobs = submit([task], options, options.name or run_dir.name, run_dir / "jobs", config.data.workers)
-    except (SubmitError, ConfigError) as error:
+        options = parser().parse_args([*cluster.profile_words(), *own])
+        config = checks.checked_config(run_words, options)
+        run_dir = Path(config.run_dir).absolute()
+        checks.check_free(run_dir)
+        checks.check_cluster(options)
+        task = make_task(run_words, run_dir, options, config)
+        if options.dry_run:
+            print(f"would be submitted to {options.executor}: {shlex.join(['spknet', 'train', *task.argv])}")
+            return 0
+        checks.writable_folder(run_dir)
+        with only_submission(run_dir):
+            queued = submit([task], options, options.name or run_dir.name, run_dir / "jobs", config.data.workers)
+        evaluation = submit_evaluation(queued, [task], options, run_dir / "jobs")
+    except cluster.UserError as error:
         print(f"launch.submit: {error}", file=sys.stderr)
         return 2
-    job = jobs[0]
-    print(f"run   {run_dir}\njob   {job.job_id}\nlogs  {job.paths.stderr} (.out beside it)")
-    print(f"state python -m launch.status {run_dir}")
-    return wait_in_process(jobs) if options.executor == "debug" else 0
+    job = queued[0]
+    print(f"run   {run_dir}\njob   {job.job_id}{evaluation}\nlogs  {job.paths.stderr} (.out beside it)")
+    print(f"state python -m launch.status {shlex.quote(str(run_dir))}")
+    return wait_in_process(queued) if options.executor == "debug" else 0
 
 
-def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Words before and after the first `--`: the launcher's and the run's."""
-    at = words.index("--") if "--" in words else len(words)
-    return words[:at], words[at + 1 :]
-
-
-def add_cluster_options(parser: argparse.ArgumentParser) -> None:
-    """What a run asks of the cluster: shared by launch.submit and launch.sweep."""
-    add = parser.add_argument
-    add("--executor", choices=["slurm", "local", "debug"], default="slurm", help="debug: in this process, in front")
-    add("--nodes", type=int, default=1)
-    add("--gpus-per-node", type=int, default=0, help="GPUs asked for on each node")
-    add("--ranks-per-node", type=int, help="training processes on each node (one a GPU; 1 without GPUs)")
-    add("--cpus-per-rank", type=int, help="CPUs asked for, for each rank (data.workers + 1)")
-    add("--mem-gb", type=float, help="memory of a node")
-    add("--partition")
-    add("--account")
-    add("--hours", type=float, default=24.0, help="time limit of a job; the run goes on in the next one")
-    add("--signal-delay", type=int, default=180, metavar="SECONDS", help="warning before the time limit")
-    add("--max-restarts", type=int, default=1, help="of torchrun, before the job is requeued")
-    add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="any option of sbatch, e.g. qos=high")
-
-
-def ranks_per_node(options: argparse.Namespace) -> int:
-    return options.ranks_per_node or options.gpus_per_node or 1
-
-
-def checked_config(run_words: list[str], options: argparse.Namespace) -> Config:
-    """The Config of the run's words. Raises ConfigError or SubmitError for what would fail on the cluster."""
-    if not run_words:
-        raise SubmitError(
-            "the run's own options are missing; give them after `--`: ... -- --config RECIPE --run_dir DIR"
-        )
-    config = parse(run_words)
-    if not config.run_dir:
-        raise SubmitError("--run_dir is missing; give it after `--`: it is where the run is kept and continued")
-    ranks = options.nodes * ranks_per_node(options)
-    if config.data.speakers_per_batch % ranks:
-        raise SubmitError(
-            f"data.speakers_per_batch={config.data.speakers_per_batch} is not divisible by {ranks} ranks"
-            f" ({options.nodes} nodes x {ranks_per_node(options)}); change one of them"
-        )
-    limit = options.hours * 3600
-    if options.signal_delay >= limit:
-        raise SubmitError(
-            f"--signal-delay {options.signal_delay} s does not fit in a time limit of {limit:.0f} s (--hours"
-            f" {options.hours:g}): the run would be stopped as it starts; give a longer limit or a shorter delay"
-        )
-    return config
-
-
-def writable_folder(path: str | Path) -> Path:
-    """The folder, made where it is missing. Raises SubmitError where nothing can be written there."""
-    folder = Path(path).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise SubmitError(f"cannot write to {folder}: {error.strerror}; give another --run_dir") from None
-
-
-def make_task(run_words: list[str], run_dir: Path, options: argparse.Namespace):
+def make_task(run_words: list[str], run_dir: Path, options: argparse.Namespace, config: Config):
     """The picklable launch.task.Task of a run. Raises SubmitError where submitit is missing."""
     try:
         from launch.task import Task
     except ModuleNotFoundError as error:
-        if error.name != "submitit":
+        if error.name is None or error.name.split(".")[0] != "submitit":
             raise
         raise SubmitError(
             "submitit is not installed; `pip install 'spknet[launch]'` (or `pip install submitit`)"
         ) from None
+    argv, stage = list(run_words), []
+    if options.stage:
+        sets = config.data.train_shards
+        if not sets:
+            raise SubmitError("--stage copies packed shards; give --data.train_shards, or leave it out")
+        stage = [[str(Path(s).absolute()), options.stage] for s in (sets if isinstance(sets, list) else [sets])]
+        argv += ["--data.cache_dir", options.stage]
     # The last --run_dir wins: the same folder whatever directory the job starts in.
     return Task(
-        argv=[*run_words, "--run_dir", str(run_dir)],
+        argv=[*argv, "--run_dir", str(run_dir)],
         run_dir=str(run_dir),
         nodes=options.nodes,
         ranks_per_node=ranks_per_node(options),
         signal_delay=options.signal_delay,
         max_restarts=options.max_restarts,
+        stage=stage,
+        environment=cluster.environment(options),
     )
 
 
-def check_cluster(options: argparse.Namespace) -> None:
-    """Raises SubmitError where the executor cannot take what is asked for."""
-    if options.executor != "slurm":
-        if options.nodes > 1:
-            raise SubmitError(f"--executor {options.executor} has one node, not {options.nodes}")
-        return
-    if not (shutil.which("sinfo") and shutil.which("sbatch") and shutil.which("srun")):
-        raise SubmitError("no SLURM here (sinfo, sbatch or srun not found); --executor local runs on this machine")
-    try:
-        asked = subprocess.run(
-            ["sinfo", "-h", "-o", "%R"], capture_output=True, text=True, timeout=SINFO_SECONDS, check=True
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        why = error.stderr.strip() if isinstance(error.stderr, str) else f"sinfo took over {SINFO_SECONDS} s"
-        raise SubmitError(f"SLURM does not answer: {why}; --executor local runs on this machine") from None
-    partitions = sorted(set(asked.stdout.split()))
-    unknown = [p for p in (options.partition or "").split(",") if p and p not in partitions]
-    if unknown:
-        raise SubmitError(f"unknown partition {unknown[0]}; this cluster has {', '.join(partitions)}")
+@contextlib.contextmanager
+def only_submission(run_dir: Path) -> Iterator[None]:
+    """Of two submissions at the same moment one goes on; the other is told. Released when this process ends, too."""
+    with open(run_dir / "submit.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SubmitError(f"{run_dir} is being submitted by another process at this moment") from None
+        checks.check_free(run_dir)
+        yield
 
 
-def submit(tasks: list, options: argparse.Namespace, name: str, folder: Path, workers: int, at_once: int = 256) -> list:
+def submit(
+    tasks: list, options: argparse.Namespace, name: str, folder: Path, workers: int, at_once: int = 256, slot: int = 0
+):
     """Queue tasks as one job, or one array of which at most `at_once` run together; submitit's jobs in their order.
 
-    RUN/job.json keeps the job's id for launch.status.
+    slot: which GPUs of this machine a local job takes. RUN/job.json keeps the job's id and words.
     """
     import submitit
 
+    packed = max(len(task.runs()) for task in tasks)
     if options.executor == "debug":
-        return [submitit.DebugExecutor(folder / "%j").submit(task) for task in tasks]
-    kind = submitit.SlurmExecutor if options.executor == "slurm" else submitit.LocalExecutor
-    # A time-out is how a long run moves on: it must never use up a count.
-    executor = kind(folder / "%j", max_num_timeout=10**6)
-    wanted = (
-        slurm_parameters(options, name, workers, at_once) if options.executor == "slurm" else local_parameters(options)
-    )
+        queued = [submitit.DebugExecutor(folder / "%j").submit(task) for task in tasks]
+    else:
+        executor = executor_of(options, folder)
+        wanted = cluster.local_parameters(options, slot)
+        if options.executor == "slurm":
+            wanted = cluster.slurm_parameters(options, name, workers, at_once, packed)
+            # The submitter's interpreter, outside of any container; TERM must not end the script before it has asked for a requeue.
+            batch, runs = (
+                f"{shlex.quote(sys.executable)} -m launch.batch",
+                f"--submitted {shlex.quote(str(folder / '%j'))}",
+            )
+            wanted["setup"] = [
+                *wanted["setup"],
+                "trap : TERM",
+                f"{batch} begin {runs} || exit",
+                f"{batch} watch {runs} &",
+            ]
+            wanted["teardown"] = [f"{batch} end {runs}"]
+        executor.update_parameters(**wanted)
+        try:
+            queued = executor.submit_array(tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
+        except submitit.core.utils.FailedJobError as error:
+            raise SubmitError(f"sbatch refused: {str(error).strip().splitlines()[-1]}") from None
+    for task, job in zip(tasks, queued):
+        for one in task.runs():
+            # Of several runs in one job each has a log of its own (launch/several.py).
+            log = job.paths.stderr if len(task.runs()) == 1 else one / "jobs" / job.job_id / "log.err"
+            note = {"job": job.job_id, "executor": options.executor, "log": str(log), "cwd": os.getcwd()}
+            jobs.note_job(one, **note, cluster=words_again(options), run=words_of_run(task, one))
+    return queued
+
+
+def executor_of(options: argparse.Namespace, folder: Path):
+    """submitit's executor. A time-out is how a long run moves on: it must never use up a count."""
+    import submitit
+
+    if options.executor == "slurm":
+        return submitit.SlurmExecutor(folder / "%j", max_num_timeout=10**6, python=cluster.python(options))
+    return submitit.LocalExecutor(folder / "%j", max_num_timeout=10**6)
+
+
+def submit_evaluation(queued: list, tasks: list, options: argparse.Namespace, folder: Path) -> str:
+    """Queue --evaluate's jobs, each after its run has ended as done; what to print of it."""
+    if not options.evaluate:
+        return ""
+    from launch.evaluation import Evaluation
+
+    words = shlex.split(options.evaluate)
+    works = [Evaluation(words, str(r), options.nodes, ranks_per_node(options)) for task in tasks for r in task.runs()]
+    executor = executor_of(options, folder)
+    wanted = cluster.slurm_parameters(options, "evaluate", 0, 256)
+    number = queued[0].job_id.split("_")[0]
+    after = f"{'aftercorr' if len(works) > 1 else 'afterok'}:{number}"
+    wanted["additional_parameters"] = {**wanted["additional_parameters"], "dependency": after}
     executor.update_parameters(**wanted)
-    try:
-        jobs = executor.submit_array(tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
-    except submitit.core.utils.FailedJobError as error:
-        raise SubmitError(f"sbatch refused: {str(error).strip().splitlines()[-1]}") from None
-    for task, job in zip(tasks, jobs):
-        note = {"job": job.job_id, "executor": options.executor, "log": str(job.paths.stderr), "time": time.time()}
-        write_json(Path(task.run_dir) / "job.json", note)
-    return jobs
+    follow = executor.submit_array(works) if len(works) > 1 else [executor.submit(works[0])]
+    return f", then its evaluation: {follow[0].job_id.split('_')[0]}"
 
 
-def slurm_parameters(options: argparse.Namespace, name: str, workers: int, at_once: int) -> dict:
-    """submitit's parameters. Without --cpus-per-rank each rank gets a CPU for itself and one for every loader."""
-    bad = [pair for pair in options.slurm if "=" not in pair]
-    if bad:
-        raise SubmitError(f"--slurm {bad[0]}: expected KEY=VALUE, e.g. --slurm qos=high")
-    given = {
-        "partition": options.partition,
-        "account": options.account,
-        "gpus_per_node": options.gpus_per_node or None,
-        "mem": f"{options.mem_gb * 1024:.0f}M" if options.mem_gb else None,
-    }
-    return {
-        **{key: value for key, value in given.items() if value is not None},
-        "job_name": name,
-        "time": minutes(options),
-        "nodes": options.nodes,
-        "ntasks_per_node": 1,
-        "cpus_per_task": ranks_per_node(options) * (options.cpus_per_rank or workers + 1),
-        "signal_delay_s": options.signal_delay,
-        "array_parallelism": at_once,
-        # A node that dies must end the job as NODE_FAIL, which SLURM requeues, and not as a step that failed.
-        "srun_args": ["--kill-on-bad-exit=0"],
-        "additional_parameters": {"requeue": True, **dict(pair.split("=", 1) for pair in options.slurm)},
-    }
+def words_again(options: argparse.Namespace) -> list[str]:
+    """The cluster's options as words, for `spknet resubmit`."""
+    known = cluster_keys()
+    words = []
+    for key, value in vars(options).items():
+        if key not in known or value in (None, False, []):
+            continue
+        option = f"--{key.replace('_', '-')}"
+        words += (
+            [option] if value is True else [f"{option}={v}" for v in (value if isinstance(value, list) else [value])]
+        )
+    return words
 
 
-def local_parameters(options: argparse.Namespace) -> dict:
-    """submitit's parameters on this machine; a CUDA_VISIBLE_DEVICES of the user's stands."""
-    values = {"timeout_min": minutes(options), "tasks_per_node": 1, "signal_delay_s": options.signal_delay}
-    visible = [int(x) for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.isdigit()]
-    return {**values, "gpus_per_node": options.gpus_per_node, "visible_gpus": visible or range(options.gpus_per_node)}
+def cluster_keys() -> set[str]:
+    """Names in the namespace of the options that add_cluster_options makes."""
+    known = argparse.ArgumentParser(add_help=False)
+    cluster.add_cluster_options(known)
+    return {action.dest for action in known._actions}
 
 
-def minutes(options: argparse.Namespace) -> int:
-    return max(1, round(options.hours * 60))
+def words_of_run(task, run_dir: Path) -> list[str]:
+    """spknet.train's words of one run of a job."""
+    return next(t.argv for t in getattr(task, "tasks", [task]) if Path(t.run_dir) == run_dir)
 
 
-def wait_in_process(jobs: list) -> int:
+def wait_in_process(queued: list) -> int:
     """Run debug jobs here and now; 1 where one failed."""
-    for job in jobs:
+    for job in queued:
         os.environ["SUBMITIT_DEBUG_JOB_ID"] = job.job_id
         error = job.exception()
         if error is not None:
@@ -232,4 +210,4 @@ def wait_in_process(jobs: list) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

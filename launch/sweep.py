@@ -14,7 +14,8 @@
         - {loss.name: ge2e, data.utterances_per_speaker: 3}
     runs: [{optim.lr: 0.01}, {optim.lr: 0.001}]   or a list of runs; with a grid, each of them gets the whole grid
 
-A run's name says what varies. The same command again submits what is missing or failed, and nothing else.
+A run's name says what varies. The same command again submits what is missing, failed or cancelled, and nothing else. Small runs can
+share a node or a GPU: --runs-per-job K puts K of them into each job. Without SLURM: --executor local --at-once N.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -31,13 +34,14 @@ from typing import Any
 
 import yaml
 
-from launch import submit
+from launch import checks, cluster, submit
+from launch.cluster import SubmitError
 from launch.status import aligned, run_status, slurm_jobs
-from launch.submit import SubmitError
-from spknet.config import ConfigError
+from spknet.errors import UserError
 from spknet.train.run_folder import write_json
 
 SWEEPS = Path(__file__).parent / "sweeps"
+AGAIN = ("missing", "failed", "cancelled")  # states of runs that are submitted again
 KEYS = ("recipe", "options", "cluster", "at-once", "grid", "runs")
 SHORT = {"data.utterances_per_speaker": "M", "data.speakers_per_batch": "N", "data.crop_seconds": "crop"}
 
@@ -58,54 +62,79 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("sweep", help="a YAML file, or the name of an installed sweep")
     parser.add_argument("--dir", type=Path, help="folder of the sweep (runs/NAME OF THE FILE)")
-    parser.add_argument("--at-once", type=int, help="runs at once")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
-    submit.add_cluster_options(parser)
-    own, common = submit.split_words(sys.argv[1:] if argv is None else argv)
+    parser.add_argument("--at-once", type=cluster.positive, help="runs at once (8)")
+    parser.add_argument(
+        "--runs-per-job", type=cluster.positive, default=1, help="runs that share a node, and its GPUs (1)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check, and print what would be submitted")
+    cluster.add_cluster_options(parser)
+    own, common = cluster.split_words(sys.argv[1:] if argv is None else argv)
     try:
-        path = sweep_path(parser.parse_args(own).sweep)
+        profile = cluster.profile_words()
+        path = sweep_path(parser.parse_args([*profile, *own]).sweep)
         sweep = read_sweep(path)
-        options = parser.parse_args([*cluster_words(sweep), *own])
+        options = parser.parse_args([*profile, *cluster_words(sweep, path), *own])
         folder = options.dir or Path("runs") / path.stem
-        return _go(plan(sweep, common), folder.absolute(), options)
-    except (SubmitError, ConfigError) as error:
+        command = {"own": list(own), "common": common, "cwd": os.getcwd()}
+        return _go(plan(sweep, common), folder.absolute(), options, command)
+    except UserError as error:
         print(f"launch.sweep: {error}", file=sys.stderr)
         return 2
 
 
-def _go(runs: list[Run], folder: Path, options: argparse.Namespace) -> int:
-    workers = max(check_run(run, folder, options).data.workers for run in runs)
-    known = slurm_jobs()
+def _go(runs: list[Run], folder: Path, options: argparse.Namespace, command: dict) -> int:
+    seen: dict = {}
+    configs = {run.name: check_run(run, folder, options, seen) for run in runs}
+    if options.runs_per_job > 1 and (options.executor != "slurm" or options.nodes > 1):
+        raise SubmitError("--runs-per-job is for SLURM and runs of one node; on this machine --at-once does the same")
+    checks.check_cluster(options)
+    known = slurm_jobs([folder / run.name for run in runs])
     states = {run.name: run_status(folder / run.name, known).state for run in runs}
-    wanted = [run for run in runs if states[run.name] in ("missing", "failed")]
+    wanted = [run for run in runs if states[run.name] in AGAIN]
     print(aligned([("run", "state", "")] + [(r.name, states[r.name], "submit" if r in wanted else "") for r in runs]))
     note_changed(runs, folder)
     if options.dry_run:
         print(f"\n{len(wanted)} of {len(runs)} runs would be submitted, {options.at_once} at once, for example\n")
-        print("python -m spknet.train " + " ".join((wanted or runs)[0].words))
+        print(shlex.join(["python", "-m", "spknet.train", *(wanted or runs)[0].words]))
         return 0
     if not wanted:
         print("nothing to submit")
         return 0
-    submit.check_cluster(options)
-    submit.writable_folder(folder)
-    tasks = [submit.make_task(run.words, submit.writable_folder(folder / run.name), options) for run in wanted]
-    remember(runs, folder)
-    jobs = queue(tasks, options, folder, workers)
-    print(f"{len(wanted)} of {len(runs)} runs submitted, {options.at_once} at once: job {jobs[0].job_id.split('_')[0]}")
-    print(f"state   python -m launch.status {folder} --watch\nresults python -m launch.results {folder}")
+    for run in wanted:
+        checks.check_free(folder / run.name)
+    checks.writable_folder(folder)
+    tasks = [
+        submit.make_task(run.words, checks.writable_folder(folder / run.name), options, configs[run.name])
+        for run in wanted
+    ]
+    remember(runs, folder, command)
+    with submit.only_submission(folder):
+        jobs = queue(tasks, options, folder, max(config.data.workers for config in configs.values()))
+    number = jobs[0].job_id.split("_")[0]
+    print(f"{len(wanted)} of {len(runs)} runs submitted, {options.at_once} at once: job {number}")
+    print(f"state   python -m launch.status {shlex.quote(str(folder))} --watch")
+    print(f"results python -m launch.results {shlex.quote(str(folder))}")
     return 0
 
 
 def queue(tasks: list, options: argparse.Namespace, folder: Path, workers: int) -> list:
     """One SLURM array; on this machine, which has no queue, one after another with `at_once` of them alive."""
     if options.executor == "slurm":
-        return submit.submit(tasks, options, folder.name, folder / "jobs", workers, options.at_once)
-    jobs = []
+        at_once, k = options.at_once, options.runs_per_job
+        if k > 1:
+            from launch.several import Several
+
+            tasks = [Several(tasks[i : i + k]) for i in range(0, len(tasks), k)]
+        queued = submit.submit(tasks, options, folder.name, folder / "jobs", workers, max(1, at_once // k))
+        submit.submit_evaluation(queued, tasks, options, folder / "jobs")
+        return queued
+    jobs: list = []
+    slots: dict[int, Any] = {}  # number of the place, and with it of the GPUs -> its job
     for task in tasks:
-        while sum(not job.done() for job in jobs) >= options.at_once:
+        while len(free := [i for i in range(options.at_once) if i not in slots or slots[i].done()]) == 0:
             time.sleep(1)
-        jobs += submit.submit([task], options, folder.name, folder / "jobs", workers)
+        jobs += submit.submit([task], options, folder.name, folder / "jobs", workers, slot=free[0])
+        slots[free[0]] = jobs[-1]
         if options.executor == "debug":
             submit.wait_in_process(jobs[-1:])
     return jobs
@@ -137,10 +166,9 @@ def read_sweep(path: Path) -> dict:
     return sweep
 
 
-def cluster_words(sweep: dict) -> list[str]:
+def cluster_words(sweep: dict, path: Path) -> list[str]:
     """The file's `cluster:` and `at-once:` as words of the command line, which its own words then beat."""
-    given = {"at-once": sweep.get("at-once", 8), **(sweep.get("cluster") or {})}
-    return [f"--{key}={v}" for key, values in given.items() for v in (values if isinstance(values, list) else [values])]
+    return [f"--at-once={sweep.get('at-once', 8)}", *cluster.words_of(sweep.get("cluster") or {}, f"{path}, cluster")]
 
 
 def plan(sweep: dict, common: list[str]) -> list[Run]:
@@ -205,11 +233,11 @@ def _plain(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")[:60]
 
 
-def check_run(run: Run, folder: Path, options: argparse.Namespace):
+def check_run(run: Run, folder: Path, options: argparse.Namespace, seen: dict):
     """The run's Config; an error names the run."""
     try:
-        return submit.checked_config([*run.words, "--run_dir", str(folder / run.name)], options)
-    except (ConfigError, SubmitError) as error:
+        return checks.checked_config([*run.words, "--run_dir", str(folder / run.name)], options, seen)
+    except UserError as error:
         raise SubmitError(f"run {run.name}: {error}") from None
 
 
@@ -223,11 +251,11 @@ def note_changed(runs: list[Run], folder: Path) -> None:
             )
 
 
-def remember(runs: list[Run], folder: Path) -> None:
-    """Write SWEEP/sweep.json: the runs of this file, after those of an earlier one whose folders are still there."""
+def remember(runs: list[Run], folder: Path, command: dict) -> None:
+    """Write SWEEP/sweep.json: the command, and the runs of this file after those of an earlier one whose folders are still there."""
     before = {name: run for name, run in remembered(folder).items() if (folder / name).exists()}
     now = {run.name: {"overrides": run.overrides, "words": run.words} for run in runs}
-    write_json(folder / "sweep.json", {"runs": {**before, **now}})
+    write_json(folder / "sweep.json", {"runs": {**before, **now}, "command": command})
 
 
 def remembered(folder: Path) -> dict[str, dict]:

@@ -1,43 +1,43 @@
 """One run as a submitit job: one task a node, each the parent of a torchrun, and what happens when the job is told to go.
 
+    slurmd -> batch script: launch.batch begin, srun, launch.batch end
     node 0..n-1: slurmstepd -> submitit -> Task -> torchrun (a session of its own) -> one worker a rank
 
-submitit keeps a job alive by pickling: on its signal (USR2) it calls `Task.checkpoint()` on node 0, writes the returned
-DelayedSubmission over the job's pickle and calls `scontrol requeue`. The Task saves nothing itself. It passes the
-signal on and reads RUN/state.json, because torchrun hides how its workers ended:
+The Task saves nothing itself. It passes signals on and reads RUN/state.json, because torchrun hides how its workers ended.
+It leaves with status 75 where the run is to go on; the batch script then asks for the requeue (launch/batch.py), and
+submitit's controller does where there is no SLURM.
 
-    done      the job is over                        requeue   saved on a signal: requeue the job
-    failed    an error of the run: never requeued    running   the workers died: requeue, go on from the last checkpoint
-
-RUN/launch.json holds one entry a start: two requeues in a row without a new checkpoint end the run as failed.
+A torchrun that has lost its peers is ended by its task (launch/node.py), and `srun --wait` ends what still lives a while after
+the first task's end.
 
     submitit.AutoExecutor(folder).submit(Task(["--config", "RECIPE", "--run_dir", "RUN"], "RUN", nodes=2, ranks_per_node=8))
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import submitit
-from submitit.core.utils import UncompletedJobError
-from submitit.helpers import DelayedSubmission
+from submitit.core.utils import DelayedSubmission, JobPaths, UncompletedJobError
 
-from spknet.train.run_folder import read_state, write_json, write_state
+from launch import jobs, starts
+from launch.logs import BEGINNING, error_line
+from launch.node import CLOSING_SECONDS, Node
+from launch.processes import descendants, die_with_parent, kill, wait
+from spknet.parallel.nodelist import expand, rendezvous_port
+from spknet.train.run_folder import read_state, write_state
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-MARGIN_SECONDS = 20  # of the signal delay, left for submitit to write its pickle and for SLURM to requeue
+MARGIN_SECONDS = 20  # of the signal delay, left for the requeue
+CONTINUES = 75  # exit status: the run is to go on (EX_TEMPFAIL, as spknet.train's)
 
 
 class RunFailed(RuntimeError):
@@ -54,27 +54,25 @@ class Task:
     ranks_per_node: int = 1
     signal_delay: int = 180  # seconds between the signal and the kill
     max_restarts: int = 1  # of torchrun: a rank that dies takes the group back to the last checkpoint
+    stage: list[list[str]] = field(default_factory=list)  # words of shards.stage, on each node before each start
+    environment: dict[str, str] = field(default_factory=dict)
 
-    # Of a start, not of the task: a signal may come before there is a torchrun.
-    _torchrun = None
-    _before = None
-    _signalled = False
+    _node = None  # of a start, not of the task: a signal may come before there is one
 
     def __call__(self) -> dict:
-        """Train until the run is done, on every node; returns state.json's content. Raises RunFailed."""
+        """Train until the run is done, on every node; returns state.json's content. Raises RunFailed, or leaves with 75."""
         place = Place.here()
-        self._before = read_state(self.run_dir)  # every write has a time of its own
-        if place.node == 0:
-            self._note_start(place.job)
-        _adopt_orphans()
-        self._torchrun = subprocess.Popen(
-            self.command(place), start_new_session=True, preexec_fn=_die_with_parent, stdin=subprocess.DEVNULL
-        )
-        previous = signal.signal(signal.SIGTERM, self._pass_on)
+        print(f"{BEGINNING} {self.run_dir}, job {place.job}, node {place.node}", file=sys.stderr, flush=True)
+        self._node = Node(self.run_dir)
+        os.environ.update({**flight_recorder(self.run_dir), **self.environment})
+        if place.executor == "slurm":
+            die_with_parent()  # a killed slurmstepd
+        elif place.node == 0 and place.executor != "packed":
+            starts.note_start(self.run_dir, place.job, [socket.gethostname()], dict(os.environ), self.ranks_per_node)
+        previous = signal.signal(signal.SIGTERM, self._node.pass_on)
         try:
-            while not _has_ended(self._torchrun.pid):
-                time.sleep(0.2)
-            status = self._torchrun.wait()
+            self._stage()
+            status = self._node.run(self.command(place))
             return self._judge(place, status) if place.node == 0 else {}
         except UncompletedJobError:  # from submitit's handler, where checkpoint() returned None
             if self._state()["state"] == "done":
@@ -82,76 +80,82 @@ class Task:
             raise
         finally:
             signal.signal(signal.SIGTERM, previous)
-            _kill(_descendants(os.getpid()))
 
     def checkpoint(self) -> DelayedSubmission | None:
-        """Called by submitit in its signal handler on node 0: what to requeue, or None for a run that has ended."""
-        self._pass_on(signal.SIGUSR2, None)
+        """Called by submitit in its signal handler on node 0: what to requeue, or None for a run that has ended.
+
+        Under SLURM the batch script requeues: this process then leaves with status 75.
+        """
+        if self._node is not None:
+            self._node.pass_on(signal.SIGUSR2)
         grace, me = grace_seconds(self.signal_delay), os.getpid()
-        _wait(grace, lambda: self._state()["state"] != "running" or not _descendants(me))
-        _wait(min(grace, 5), lambda: not _descendants(me))  # saved: let it close its files
+        if self._node is not None and self._node.torchrun is not None:  # and not still staging
+            wait(grace, lambda: self._state()["state"] != "running" or not descendants(me))
+        wait(min(grace, CLOSING_SECONDS), lambda: not descendants(me))
         state = self._state()["state"]
-        _kill(_descendants(me))
-        return None if state in ("failed", "done") else DelayedSubmission(dataclasses.replace(self))
+        kill(descendants(me))
+        if state in ("failed", "done") or "cancelled" in jobs.read_job(self.run_dir):
+            return None
+        if Place.here().executor == "slurm":
+            sys.exit(CONTINUES)
+        starts.note_end(self.run_dir, starts.cause(self._state()))
+        return DelayedSubmission(dataclasses.replace(self))
+
+    def pass_on(self, signum: int, frame=None) -> None:
+        """Signal handler of a task that is a process of its own."""
+        if self._node is not None:
+            self._node.pass_on(signum)
+
+    def runs(self) -> list[Path]:
+        """The run folders of this job."""
+        return [Path(self.run_dir)]
 
     def command(self, place: Place) -> list[str]:
         """The torchrun command line of one node."""
-        # On one node torchrun finds a free port; several can only meet at one that each of them can compute.
-        endpoint = "127.0.0.1:0" if self.nodes == 1 else f"{place.head}:{rendezvous_port(place.job)}"
-        return [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *("--nnodes", str(self.nodes), "--nproc-per-node", str(self.ranks_per_node)),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", place.job),
-            *("--rdzv-conf", f"is_host={int(place.node == 0)}"),
-            *("--max-restarts", str(self.max_restarts)),
-            *("--signals-to-handle", SIGNALS, "--shutdown-timeout", str(grace_seconds(self.signal_delay))),
-            *("-m", "spknet.train", *self.argv),
-        ]
+        words = [*torchrun(place, self.nodes, self.ranks_per_node), "--max-restarts", str(self.max_restarts)]
+        words += ["--signals-to-handle", SIGNALS, "--shutdown-timeout", str(grace_seconds(self.signal_delay))]
+        # Each rank's words also stand in a file of their own: `spknet logs --rank`.
+        words += ["--tee", "3", "--log-dir", str(job_folder(self.run_dir) / "ranks" / f"node{place.node}")]
+        return [*words, "--log-line-prefix-template", "[rank ${rank}] ", "-m", "spknet.train", *self.argv]
 
-    def _note_start(self, job: str) -> None:
-        """Append to RUN/launch.json; fail where this job's last two requeues brought no new checkpoint."""
-        path = Path(self.run_dir) / "launch.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        starts = json.loads(path.read_text())["starts"] if path.exists() else []
-        step = newest_checkpoint_step(self.run_dir)
-        starts.append({"job": job, "step": step, "time": time.time()})
-        write_json(path, {"starts": starts})
-        last = starts[-3:]
-        if len(last) == 3 and all(s["job"] == job and s["step"] == step for s in last):
-            self._fail(f"requeued twice without progress: job {job} has started three times at step {step}")
+    def _stage(self) -> None:
+        """Copy the data to this node's own disk: whole tars that are there already are kept."""
+        for words in self.stage:
+            done = subprocess.run([sys.executable, "-m", "shards.stage", *words])
+            if done.returncode:
+                self._fail(
+                    f"staging on {socket.gethostname()} failed: shards.stage {' '.join(words)}; the job's log says why"
+                )
 
     def _state(self) -> dict:
-        """state.json if this start has written it, else `running`: an earlier start's word does not count."""
-        said = read_state(self.run_dir)
-        return said if said and said != self._before else {"state": "running", "step": 0}
+        return (self._node or Node(self.run_dir)).state()
 
     def _judge(self, place: Place, status: int) -> dict:
-        """What the end of torchrun means, on node 0. Where the job is requeued, this never returns."""
+        """What the end of torchrun means, on node 0. Where the run goes on, this never returns."""
         said = self._state()
         if said["state"] == "done":
             return said
         if said["state"] == "failed":
             raise RunFailed(f"{self.run_dir} failed at step {said['step']}: {said['reason']}")
-        if read_state(self.run_dir) == self._before and not self._signalled:
-            self._fail(f"torchrun ended with status {status} before the run started; the job's log says why")
-        if place.slurm_ends_it():
-            print(
-                f"{self.run_dir} stopped: job {place.job} was cancelled, or requeued by SLURM itself", file=sys.stderr
-            )
-            return said
-        if place.executor != "debug":
-            os.kill(os.getpid(), signal.SIGUSR2)  # submitit's handler: checkpoint(), requeue, exit
+        if read_state(self.run_dir) == self._node.before and not self._node.signalled:
+            why = error_line(own_log(place)) or "the job's log says why"
+            self._fail(f"torchrun ended with status {status} before the run started; {why}")
+        if place.executor in ("slurm", "packed"):
+            sys.exit(CONTINUES)
+        starts.note_end(self.run_dir, starts.cause(said))
+        if starts.without_progress(self.run_dir):
+            self._fail(starts.without_progress(self.run_dir))
+        if place.executor == "local" and "cancelled" not in jobs.read_job(self.run_dir):
+            os.kill(os.getpid(), signal.SIGUSR2)  # submitit's handler: checkpoint(), and another start
             time.sleep(60)
         raise RunFailed(f"{self.run_dir} was interrupted (status {status}); the same command continues it")
 
     def _fail(self, reason: str) -> None:
-        write_state(self.run_dir, "failed", newest_checkpoint_step(self.run_dir), reason)
+        """Says `failed`, unless the run is done already or another holds it: then only the job fails."""
+        done = (self._node.before or {}).get("state") == "done"
+        if not done and jobs.living_owner(Path(self.run_dir)) is None:
+            write_state(self.run_dir, "failed", starts.newest_checkpoint_step(self.run_dir), reason)
         raise RunFailed(f"{self.run_dir}: {reason}")
-
-    def _pass_on(self, signum: int, frame) -> None:
-        self._signalled = True
-        if self._torchrun is not None and not _has_ended(self._torchrun.pid):
-            os.kill(self._torchrun.pid, signum)
 
 
 @dataclass
@@ -161,84 +165,84 @@ class Place:
     node: int
     head: str
     job: str
-    executor: str  # slurm, local or debug
+    executor: str  # slurm, local, debug, or packed: one of several runs of a job
 
     @classmethod
     def here(cls) -> Place:
         """Read from the environment that SLURM or submitit's local executor set."""
         executor = os.environ.get("SUBMITIT_EXECUTOR", "debug")
         if executor == "slurm":
-            head = submitit.JobEnvironment().hostnames[0]
+            head = expand(os.environ["SLURM_JOB_NODELIST"])[0]
             return cls(int(os.environ["SLURM_NODEID"]), head, os.environ["SLURM_JOB_ID"], executor)
-        return cls(0, "127.0.0.1", os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid())), executor)
-
-    def slurm_ends_it(self) -> bool:
-        """Whether SLURM is taking the job down already (scancel, scontrol requeue): a requeue is not ours to ask for."""
-        if self.executor != "slurm":
-            return False
-        asked = subprocess.run(["squeue", "-h", "-j", self.job, "-o", "%T"], capture_output=True, text=True)
-        return asked.stdout.strip() != "RUNNING"
+        job = os.environ.get("SLURM_JOB_ID") if executor == "packed" else os.environ.get("SUBMITIT_LOCAL_JOB_ID")
+        return cls(0, "127.0.0.1", job or str(os.getpid()), executor)
 
 
-def newest_checkpoint_step(run_dir: str | Path) -> int:
-    """Step of the newest RUN/checkpoints/step-NNNNNNNN.pt, 0 where there is none."""
-    names = (p.stem for p in Path(run_dir).glob("checkpoints/step-*.pt"))
-    return max((int(n.removeprefix("step-")) for n in names if n.removeprefix("step-").isdigit()), default=0)
+def torchrun(place: Place, nodes: int, ranks_per_node: int) -> list[str]:
+    """The words that start a torchrun on one node."""
+    # On one node torchrun finds a free port; several can only meet at one that each of them can compute.
+    endpoint = "127.0.0.1:0" if nodes == 1 else f"{place.head}:{rendezvous_port(place.job)}"
+    return [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nnodes", str(nodes), "--nproc-per-node", str(ranks_per_node)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", place.job),
+        *("--rdzv-conf", f"is_host={int(place.node == 0)}"),
+    ]
 
 
-def rendezvous_port(job: str) -> int:
-    """A port below the usual ephemeral range that every node computes alike."""
-    return 15000 + int(job) % 15000
+def job_folder(run_dir: str) -> Path:
+    """RUN/jobs/JOB: where a job's logs and dumps go."""
+    return Path(run_dir) / "jobs" / submitted_id()
+
+
+def flight_recorder(run_dir: str) -> dict[str, str]:
+    """NCCL's record of collectives, dumped into RUN/jobs/JOB where one times out; what the user has set stands."""
+    values = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(job_folder(run_dir) / "nccl-trace-rank-"),
+    }
+    return {key: value for key, value in values.items() if key not in os.environ}
+
+
+def own_log(place: Place) -> Path:
+    """This task's stderr, as submitit redirects it; a path that is not there without submitit."""
+    folder = os.environ.get("SUBMITIT_FOLDER")
+    if folder is None:
+        return Path("/nonexistent")
+    return JobPaths(folder, job_id=submitted_id(), task_id=place.node).stderr
+
+
+def submitted_id() -> str:
+    """The job's id as submitit writes it: 12, or 12_3 for an array's element, or the local controller's."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
+
+
+def submitted(folder: str) -> Task:
+    """What this job was submitted with, in the batch script. submitit writes it after sbatch has returned."""
+    path = JobPaths(folder, job_id=submitted_id()).submitted_pickle
+    wait(60, path.exists)
+    return DelayedSubmission.load(path).function
 
 
 def grace_seconds(signal_delay: int) -> int:
-    """Seconds that a run has for saving: the rest of the delay is for submitit's pickle and for SLURM."""
+    """Seconds that a run has for saving: the rest of the delay is for the requeue."""
     return max(signal_delay - MARGIN_SECONDS, signal_delay // 2)
 
 
-def _wait(seconds: float, reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached() and time.monotonic() < deadline:
-        time.sleep(0.2)
-
-
-def _has_ended(pid: int) -> bool:
-    """Without reaping: Popen.poll() takes a lock, and a signal handler may have interrupted its holder."""
+def main(argv: list[str] | None = None) -> int:
+    """`python -m launch.task JSON`: one run of several in a job (launch/several.py)."""
+    task = Task(**json.loads((sys.argv[1:] if argv is None else argv)[0]))
+    signal.signal(signal.SIGUSR2, task.pass_on)
     try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-    except ChildProcessError:  # reaped
-        return True
+        task()
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def _adopt_orphans() -> None:
-    """torchrun's workers are sessions of their own; where torchrun dies first they become this process's children."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-
-def _die_with_parent() -> None:
-    """In the child: TERM to torchrun, hence to its workers, if this task is killed. SLURM may not find a new session."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _descendants(pid: int) -> list[int]:
-    """Living processes below pid, read from /proc."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if state != "Z":
-            children.setdefault(int(parent), []).append(int(stat.parent.name))
-    found, queue = [], [pid]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
-
-
-def _kill(pids: list[int]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
-"""The `spknet` command: each subcommand is the `main(argv)` of a module that `python -m` runs as well.
+"""The `spknet` command: each subcommand is the `main(argv)` of a module; what a user got wrong is told in one sentence.
 
-torch is imported by the subcommands that need it only, so that `spknet pack` starts at once.
+torch is imported by the subcommands that need it only, so that `spknet --help` and `spknet pack` start at once.
 """
 
 from __future__ import annotations
@@ -8,40 +8,65 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from importlib import metadata
+
+from spknet.errors import USAGE, run
 
 COMMANDS = {
-    "lists": ("shards.make_lists", "training lists from folders, Kaldi tables, CSV files"),
-    "pack": ("shards.pack", "WAV, FLAC, ... files to tar shards"),
-    "verify": ("shards.verify", "check packed shards for damage"),
-    "stats": ("shards.info", "speakers, hours and durations of packed shards"),
-    "stage": ("shards.stage", "copy shards to a node-local folder ahead of a run"),
-    "train": ("spknet.train.__main__", "train a network"),
-    "evaluate": ("spknet.evaluate.__main__", "embed, score and report trials"),
-    "trials": ("spknet.evaluate.make_trials", "make trials from a data set"),
-    "compare": ("spknet.evaluate.compare", "put reports side by side"),
-    "info": ("spknet.models.describe", "parameters and multiply-adds of the networks"),
-    "embed": ("spknet.evaluate.embed", "embeddings of audio files"),
-    "export": ("spknet.checkpoints.export", "write a checkpoint in another program's format"),
-    "submit": ("launch.submit", "start a run on a SLURM cluster"),
-    "sweep": ("launch.sweep", "start a grid of runs"),
-    "status": ("launch.status", "state of the runs of a sweep"),
-    "results": ("launch.results", "table and picture of a sweep"),
+    "make data": {
+        "lists": ("shards.make_lists", "a training list from a folder, a CSV or Kaldi's files"),
+        "pack": ("shards.pack", "WAV, FLAC, ... files to tar shards"),
+        "verify": ("shards.verify", "check packed shards for damage"),
+        "stats": ("shards.info", "speakers, hours and durations of packed shards"),
+        "stage": ("shards.stage", "copy shards to a node-local folder ahead of a run"),
+        "musan": ("tools.musan", "noise and impulse responses to shards"),
+        "voxceleb": ("tools.voxceleb.__main__", "VoxCeleb from the internet to shards"),
+        "synth": ("tools.synth", "a small corpus of made voices"),
+    },
+    "train": {
+        "train": ("spknet.train.__main__", "train a network"),
+        "voxceleb-trainer": ("spknet.train.voxceleb_trainer_command", "train with voxceleb_trainer's command line"),
+        "export": ("spknet.checkpoints.export", "write a checkpoint in another program's format"),
+        "recipes": ("spknet.train.recipes", "recipes with their cost and aim"),
+        "info": ("spknet.models.describe", "parameters and multiply-adds of the networks"),
+    },
+    "evaluate": {
+        "trials": ("spknet.evaluate.make_trials", "make trials from a data set"),
+        "evaluate": ("spknet.evaluate.__main__", "embed, score and report trials"),
+        "embed": ("spknet.evaluate.embed", "embeddings of audio files"),
+        "compare": ("spknet.evaluate.compare", "put reports side by side"),
+    },
+    "use a cluster": {
+        "submit": ("launch.submit", "start a run on a SLURM cluster"),
+        "sweep": ("launch.sweep", "start a grid of runs"),
+        "status": ("launch.status", "state of the runs of a sweep"),
+        "logs": ("launch.logs", "what the job of a run has written"),
+        "cancel": ("launch.cancel", "stop runs; they save first"),
+        "resubmit": ("launch.resubmit", "submit again what was cancelled or failed"),
+        "results": ("launch.results", "table and picture of a sweep"),
+    },
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a subcommand; returns its exit status (2 for one that does not exist)."""
     argv = sys.argv[1:] if argv is None else argv
+    modules = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: spknet COMMAND [options]; spknet COMMAND --help tells its options\n")
-        print("\n".join(f"  {name:9} {what}" for name, (_, what) in COMMANDS.items()))
+        print("usage: spknet COMMAND [options]; spknet COMMAND --help tells its options")
+        for title, group in COMMANDS.items():
+            print(f"\n{title}:")
+            print("\n".join(f"  {name:17} {what}" for name, (_, what) in group.items()))
         return 0
-    if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+    if argv[0] == "--version":
+        print(f"spknet {metadata.version('spknet')}")
+        return 0
+    if argv[0] not in modules:
+        near = difflib.get_close_matches(argv[0], modules, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(modules)}"
         print(f"error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
-        return 2
-    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+        return USAGE
+    return run(importlib.import_module(modules[argv[0]]).main, argv[1:])
 
 
 if __name__ == "__main__":

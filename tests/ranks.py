@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 
 
@@ -13,7 +14,8 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _child(function, arguments, rank, world_size, port, pipe, join):
+def set_environment(rank: int, world_size: int, port: int) -> None:
+    """What torchrun would set for a rank on this machine."""
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -23,6 +25,10 @@ def _child(function, arguments, rank, world_size, port, pipe, join):
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
+
+
+def _child(function, arguments, rank, world_size, port, pipe, join):
+    set_environment(rank, world_size, port)
     from spknet.parallel import ranks as distributed
 
     group = distributed.ranks(device="cpu", threads=1, timeout_seconds=60) if join else contextlib.nullcontext()
@@ -57,6 +63,27 @@ def run_ranks(world_size: int, function, *arguments, timeout: float = 240.0, joi
     failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(results) if not good]
     assert not failed, "\n".join(failed)
     return [value for _, value in results]
+
+
+def exit_statuses(world_size: int, function, *arguments, timeout: float = 120.0) -> list[int]:
+    """Exit status of each rank of function(rank, *arguments); a rank may end itself. All must have ended by `timeout` s."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+
+    def child(rank):
+        set_environment(rank, world_size, port)
+        os._exit(function(rank, *arguments))
+
+    processes = [context.Process(target=child, args=(rank,)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not alive, f"ranks {alive} of {world_size} were still there after {timeout} s"
+    return [process.exitcode for process in processes]
 
 
 def train(world_size: int, words: list[str], **options) -> list[dict]:

@@ -1,10 +1,11 @@
-"""Interrupt runs on a real SLURM in five ways and compare each with an undisturbed run. Prints a Markdown table.
+"""Interrupt runs on a real SLURM, kill what they are made of, and compare each with an undisturbed run. Prints a Markdown table.
 
     python -m tools.cluster_trials --speech ../shared/speech --sandbox ../shared/cluster/slurm-sandbox --out /tmp/trials
 
 Each run is a small network on 2 nodes x 1 rank, submitted by launch.submit. Asked of each: it ends as done, metrics.jsonl
 holds every step once with the undisturbed run's losses, and the final weights are bit-equal to the undisturbed run's.
-`--sandbox` names the program that stops and starts a node; without it that trial is left out.
+`--sandbox` names the program that stops and starts a node; without it the trials that kill are left out, since the processes
+of real nodes cannot be reached from here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import contextlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +45,7 @@ class Outcome:
     equal_losses: bool
     equal_weights: bool
     seconds: float
+    free: float | None = None  # seconds from a death until the job has left its nodes
 
     @property
     def good(self) -> bool:
@@ -103,29 +107,82 @@ def in_queue(job: str) -> bool:
     return bool(subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout.strip())
 
 
-def interruptions(sandbox: Path | None) -> dict[str, tuple[list[str], Callable[[str], None] | None]]:
-    """Name -> (launch.submit's options, what is done to the job once it trains)."""
+def victim(job: str, part: str, node: int) -> int:
+    """Process number of a part of a running job: rank, torchrun, submitit or slurmstepd of a node of the sandbox."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            if not {f"SLURM_JOB_ID={job}", f"SLURM_NODEID={node}", "SLURM_STEP_ID=0"} <= set(variables):
+                continue
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            kind = (
+                "torchrun"
+                if "torch.distributed.run" in words
+                else "submitit"
+                if "submitit.core._submit" in words
+                else ""
+            )
+            kind = kind or ("rank" if "spknet.train" in words else "")
+            if kind == part:
+                return int(folder.name)
+            if part == "slurmstepd" and kind == "submitit":
+                return int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    raise LookupError(f"no {part} of job {job} on node {node}")
 
-    def fail_node(job: str) -> None:
-        command(str(sandbox), "stop-node", "node2")
-        wait_for("SLURM to see that the node is gone", 120, lambda: "NODE_FAIL" in lives(job))
-        command(str(sandbox), "start-node", "node2")
+
+def on_its_nodes(job: str) -> bool:
+    said = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout
+    return said.strip() in ("RUNNING", "COMPLETING")
+
+
+def kill_part(part: str, node: int) -> Callable[[str], float]:
+    """What kills a part of a job and returns the seconds until its nodes are free."""
+
+    def kill(job: str) -> float:
+        os.kill(victim(job, part, node), signal.SIGKILL)
+        begun = time.monotonic()
+        wait_for("the nodes to be free", 120, lambda: not on_its_nodes(job))
+        return time.monotonic() - begun
+
+    return kill
+
+
+def interruptions(sandbox: Path | None) -> dict[str, tuple[list[str], Callable[[str], float | None] | None]]:
+    """Name -> (launch.submit's options, what is done to the job once it trains; it may return the seconds to free nodes)."""
+
+    def fail_node(node: str) -> Callable[[str], float]:
+        def fail(job: str) -> float:
+            command(str(sandbox), "stop-node", node)
+            begun = time.monotonic()
+            wait_for("SLURM to see that the node is gone", 120, lambda: not on_its_nodes(job))
+            seconds = time.monotonic() - begun
+            command(str(sandbox), "start-node", node)
+            return seconds
+
+        return fail
 
     usual = ["--hours", "0.5", "--signal-delay", "60"]
     kinds = {
-        "signal USR2": (usual, lambda job: command("scancel", "--signal=USR2", job)),
-        "scontrol requeue": (usual, lambda job: command("scontrol", "requeue", job)),
+        "signal USR2": (usual, lambda job: command("scancel", "--signal=USR2", job) and None),
+        "scontrol requeue": (usual, lambda job: command("scontrol", "requeue", job) and None),
         "preemption": (
             [*usual, "--partition", "low"],
-            lambda job: command(
-                "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
+            lambda job: (
+                command(
+                    "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
+                )
+                and None
             ),
         ),
         "time limit of a minute": (["--hours", "0.0167", "--signal-delay", "10"], None),
-        "node failure": (usual, fail_node),
     }
-    if sandbox is None:
-        del kinds["node failure"]
+    if sandbox is not None:
+        for node in (0, 1):
+            for part in ("rank", "torchrun", "submitit", "slurmstepd"):
+                # Without a restart by torchrun, which would keep the nodes.
+                restarts = ["--max-restarts", "0"] if part == "rank" else []
+                kinds[f"{part} of node {node} killed"] = ([*usual, *restarts], kill_part(part, node))
+            kinds[f"node {node} lost"] = (usual, fail_node(f"node{node + 1}"))
     return kinds
 
 
@@ -136,16 +193,20 @@ def lives(job: str) -> list[str]:
 
 
 def run_trial(
-    kind: str, cluster: list[str], interrupt: Callable[[str], None] | None, run_words: list[str], reference: Path
+    kind: str,
+    cluster: list[str],
+    interrupt: Callable[[str], float | None] | None,
+    run_words: list[str],
+    reference: Path,
 ) -> Outcome:
     """One run from submission to its end, compared with the undisturbed run in `reference`."""
     run, begun = Path(run_words[-1].removeprefix("--run_dir=")), time.monotonic()
-    job = submit_run(run_words, *cluster)
+    job, free = submit_run(run_words, *cluster), None
     if interrupt is not None:
         # A signal loses nothing even before the first checkpoint; a dead node loses what follows the newest one.
-        first = 2 * SAVE_EVERY if kind == "node failure" else SAVE_EVERY // 2
+        first = 2 * SAVE_EVERY if "lost" in kind else SAVE_EVERY // 2
         wait_for(f"{run} to train", 180, lambda: last_step(run) >= first)
-        interrupt(job)
+        free = interrupt(job)
     ended = ("done", "failed")
     wait_for(f"the end of job {job}", 600, lambda: (read_state(run) or {}).get("state") in ended and not in_queue(job))
     wait_for("sacct", 30, lambda: lives(job)[-1] not in ("RUNNING", "PENDING", "COMPLETING"))
@@ -161,6 +222,7 @@ def run_trial(
         equal_losses=all(line[key] == expected[line["step"]][key] for line in steps for key in SHAPING),
         equal_weights=equal_weights(run, reference, state["step"]),
         seconds=time.monotonic() - begun,
+        free=free,
     )
 
 
@@ -190,14 +252,25 @@ def same(a, b) -> bool:
 
 def table(outcomes: list[Outcome]) -> str:
     rows = [
-        ("interruption", "lives of the job", "began at step", "ended", "each step once", "losses", "weights", "seconds")
+        (
+            "interruption",
+            "lives of the job",
+            "began at step",
+            "ended",
+            "each step once",
+            "losses",
+            "weights",
+            "free s",
+            "seconds",
+        )
     ]
     rows.append(("---",) * len(rows[0]))
     for o in outcomes:
         verdicts = ["equal" if equal else "DIFFERENT" for equal in (o.equal_losses, o.equal_weights)]
         once = "yes" if o.each_step_once else "NO"
         starts = ", ".join(map(str, o.starts))
-        rows.append((o.kind, ", ".join(o.states), starts, o.state, once, *verdicts, f"{o.seconds:.0f}"))
+        free = "" if o.free is None else f"{o.free:.0f}"
+        rows.append((o.kind, ", ".join(o.states), starts, o.state, once, *verdicts, free, f"{o.seconds:.0f}"))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -18,6 +18,7 @@ from shards.format import atomic_write
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints.averages import CHOICES, with_averages
 from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.network import load_network
 from spknet.checkpoints.voxceleb_trainer import to_legacy
 from spknet.config import Config, ConfigError
 from spknet.losses import build_loss
@@ -39,8 +40,12 @@ def voxceleb_trainer(path: str | Path, weights: str | None = None) -> tuple[dict
     weights: "averaged" or "trained"; None: as the run evaluates.
     Raises CheckpointError, or ConfigError where voxceleb_trainer has no such network.
     """
-    model, config, meta = checkpoint.load_network(path, weights=weights)
+    model, config, meta = load_network(path, weights=weights)
     chosen = config.model
+    if model.sample_rate != 16000:
+        raise ConfigError(f"{path} is of a network for {model.sample_rate} Hz; voxceleb_trainer takes 16000 Hz only")
+    if config.features.name != "auto":
+        raise ConfigError(f"features.name {config.features.name}: voxceleb_trainer has no such front end")
     if chosen.width != 1:
         raise ConfigError(f"model.width {chosen.width}: voxceleb_trainer's networks have a width of 1 only")
     if chosen.encoder not in THEIR_ENCODERS[chosen.name]:
@@ -48,7 +53,7 @@ def voxceleb_trainer(path: str | Path, weights: str | None = None) -> tuple[dict
         raise ConfigError(f"model.encoder {chosen.encoder}: voxceleb_trainer's {chosen.name} takes {fits}")
     state = checkpoint.read(meta["path"])
     loss = None
-    if state.get("format") == checkpoint.FORMAT:
+    if checkpoint.is_ours(state) and "head" not in state:  # a head in pieces is too large to go along
         head = with_averages(state, weights or config.eval.weights)["loss"]
         rows = [value.shape[0] for name, value in head.items() if name.endswith("weight")]
         loss = build_loss(config.loss, chosen.embedding_size, max(rows, default=1), config.data.utterances_per_speaker)

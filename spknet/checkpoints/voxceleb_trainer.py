@@ -21,8 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints import head
+from spknet.checkpoints.averages import with_averages
 from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.heads import kept, load_head_by_speaker
 from spknet.config import ModelConfig
+from spknet.losses.classification import Classifier
+from spknet.losses.sharded import Sharded
 from spknet.models import MODELS
 
 HEAD = [
@@ -146,6 +151,9 @@ def fit(module: nn.Module, theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor]
     for name, key in names.items():
         if name not in theirs:
             continue
+        if not same_kind(theirs[name], own[key]):
+            misshapen.append(f"{name} {getattr(theirs[name], 'dtype', type(theirs[name]).__name__)}")
+            continue
         value = theirs[name].mT if name == "W" else theirs[name]
         if value.numel() == own[key].numel() and name.endswith("flipped_filter"):
             value = value.reshape(own[key].shape)
@@ -155,6 +163,11 @@ def fit(module: nn.Module, theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor]
             misshapen.append(f"{name} {tuple(value.shape)} instead of {tuple(own[key].shape)}")
     missing = [name for name, key in names.items() if name not in theirs and not OPTIONAL.fullmatch(key)]
     return found, Misfit(missing, [name for name in theirs if name not in names], misshapen)
+
+
+def same_kind(value: object, own: Tensor) -> bool:
+    """Whether a file's entry can be taken for an entry of a module: numbers of another width are, complex ones are not."""
+    return isinstance(value, Tensor) and not value.is_complex() and value.is_floating_point() == own.is_floating_point()
 
 
 def load_into(model: nn.Module, loss: nn.Module | None, state: dict, allow_partial: bool = False) -> list[str]:
@@ -172,10 +185,10 @@ def load_into(model: nn.Module, loss: nn.Module | None, state: dict, allow_parti
     return notes
 
 
-def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[str]:
+def load_initial(task, path: str, corpus, allow_partial: bool = False, weights: str = "averaged") -> list[str]:
     """Starts a run from the weights of a checkpoint of spknet (a run folder or a file) or of voxceleb_trainer.
 
-    task: has `model` and `loss`; corpus: its `utterances` name the speakers, so that a head of spknet finds its rows. Returns
+    weights: "averaged", where the checkpoint has averages, or "trained". task: has `model` and `loss`; corpus: its `utterances` name the speakers, so that a head of spknet finds its rows. Returns
     notes; raises CheckpointError where the network does not fit.
     """
     if Path(path).is_dir():
@@ -186,10 +199,23 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
     else:
         state = checkpoint.read(path)
     start = f"starting from the weights of {path}"
-    if state.get("format") != checkpoint.FORMAT:
+    if not checkpoint.is_ours(state):
         return [start, *load_into(task.model, task.loss, state, allow_partial)]
+    if not isinstance(state.get("model"), dict) or not isinstance(state.get("loss"), dict):
+        raise CheckpointError(f"{path} lacks the weights of its network or loss; give another checkpoint")
+    state = with_averages(state, weights)
+    rate, ours = checkpoint.sample_rate(state), task.model.sample_rate
+    if rate != ours and not allow_partial:
+        raise CheckpointError(
+            f"{path} is of a network for {rate} Hz, the training data have {ours} Hz; give another checkpoint, or"
+            " --train.allow_partial true to start from its weights nonetheless"
+        )
     own, theirs = task.model.state_dict(), state["model"]
-    fitting = {key: value for key, value in theirs.items() if key in own and value.shape == own[key].shape}
+    fitting = {
+        key: value
+        for key, value in theirs.items()
+        if key in own and same_kind(value, own[key]) and value.shape == own[key].shape
+    }
     misfit = Misfit(
         [key for key in own if key not in theirs],
         [key for key in theirs if key not in own],
@@ -197,8 +223,14 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
     )
     notes = _load(task.model, fitting, misfit, "network", allow_partial)
     speakers = [str(name) for name in corpus.utterances.speakers]
-    task.loss.load_state_dict(checkpoint.load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels))
-    return [start, *notes]
+    labels = corpus.utterances.labels
+    if isinstance(task.loss, Sharded) or ("head" in state and isinstance(task.loss, Classifier)):
+        head.initialize(task.loss, path, state, speakers, labels)
+    else:
+        rows = load_head_by_speaker(task.loss, state, speakers, labels, corpus.classes_per_speaker)
+        task.loss.load_state_dict(rows)
+    has_rows = isinstance(task.loss, Sharded) or any(value.dim() for value in task.loss.state_dict().values())
+    return [start, *notes, *([kept(state, speakers)] if has_rows else [])]
 
 
 def _load(module: nn.Module, found: dict[str, Tensor], misfit: Misfit, what: str, allow_partial: bool) -> list[str]:

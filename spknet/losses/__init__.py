@@ -20,6 +20,7 @@ from spknet.losses.metric import (
     SupervisedContrastive,
     Triplet,
 )
+from spknet.losses.sharded import Sharded, ShardedSphereFace2
 from spknet.losses.sphereface2 import SphereFace2
 
 LOSSES: dict[str, type[Loss]] = {
@@ -37,6 +38,8 @@ LOSSES: dict[str, type[Loss]] = {
 }
 # Those with a weight vector for each class.
 CLASSIFIERS = ("softmax", "amsoftmax", "aamsoftmax", "sphereface2", "softmaxproto")
+SHARDED = {"softmax": Sharded, "amsoftmax": Sharded, "aamsoftmax": Sharded, "sphereface2": ShardedSphereFace2}
+LARGE = 2**24  # weights from which on a head is cut by itself: 64 MiB in float32
 
 
 def build_loss(config: LossConfig, embedding_size: int, n_classes: int, utterances_per_speaker: int) -> Loss:
@@ -54,7 +57,17 @@ def build_loss(config: LossConfig, embedding_size: int, n_classes: int, utteranc
     _check_values(config)
     if config.name not in CLASSIFIERS:
         return kind(config)
-    return kind(config, embedding_size, _classes(config, n_classes))
+    classes = _classes(config, n_classes)
+    if sharded(config, embedding_size, classes):
+        return SHARDED[config.name](kind, config, embedding_size, classes)
+    return kind(config, embedding_size, classes)
+
+
+def sharded(config: LossConfig, embedding_size: int, n_classes: int) -> bool:
+    """Whether the head is cut over the ranks: a matter of its size and of loss.sharded, not of the number of ranks."""
+    if config.sharded == "auto":
+        return config.name in SHARDED and n_classes * config.sub_centers * embedding_size >= LARGE
+    return config.sharded
 
 
 def _check_utterances(name: str, kind: type[Loss], m: int) -> None:
@@ -69,6 +82,10 @@ def _check_values(config: LossConfig) -> None:
         raise ConfigError(
             f"loss.margin_end_epoch {last:g}: the margin begins to grow at epoch {first:g} (loss.margin_start_epoch);"
             " give a later one"
+        )
+    if config.sharded is True and config.name not in SHARDED:
+        raise ConfigError(
+            f"loss.sharded true: {config.name} has no head that can be cut; these have: {', '.join(SHARDED)}"
         )
     if config.shards & (config.shards - 1):
         raise ConfigError(f"loss.shards {config.shards}: expected a power of 2, such as 64")

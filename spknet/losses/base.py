@@ -9,6 +9,7 @@ of the rank's own rows.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -21,7 +22,7 @@ from spknet.config import LossConfig
 class Loss(nn.Module, ABC):
     """Subclasses define `compute(x, labels, draws)`; `fewest` and `most` bound M, the utterances of a speaker.
 
-    `margin` may be set before each step; `clamp_` is called after each optimizer step.
+    `margin` and `step`, the global one, are set before each step; `clamp_` is called after each optimizer step.
     """
 
     fewest = 1
@@ -29,7 +30,7 @@ class Loss(nn.Module, ABC):
 
     def __init__(self, config: LossConfig):
         super().__init__()
-        self.margin = float(config.margin)
+        self.margin, self.step = float(config.margin), 0
 
     def forward(self, embeddings: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -39,6 +40,19 @@ class Loss(nn.Module, ABC):
     @abstractmethod
     def compute(self, x: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """(value, accuracy), as above; x is in float32 or float64."""
+
+    def shards(self) -> list[nn.Parameter]:
+        """Parameters that this rank alone has (spknet.losses.sharded): not among parameters(), for DDP averages those."""
+        return []
+
+    @contextlib.contextmanager
+    def updating(self, optimizer: torch.optim.Optimizer):
+        """Around the optimizer's step, gradient clipping included: yields the shards that this step moves."""
+        yield self.shards()
+
+    def squared_gradient(self) -> Tensor | None:
+        """Sum of squares of the gradients of all ranks' shards, the same on every rank; None where there are none."""
+        return None
 
     def clamp_(self) -> None:
         """Puts parameters back into their range."""

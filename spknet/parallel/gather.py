@@ -23,10 +23,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from spknet.parallel.wires import LIMIT, Wires
-
-wires: Wires | None = None  # between ranks of one machine without GPUs; spknet.parallel.ranks puts them up
-
 
 def world_size() -> int:
     """Ranks of the run; 1 without a process group."""
@@ -63,15 +59,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def gather_detached(rows: torch.Tensor) -> torch.Tensor:
     """Rows of all ranks in rank order, (W * n, ...), without gradient."""
     out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-    _gather_into(out, rows.contiguous())
+    _all_gather(out, rows.contiguous())
     return out
-
-
-def _gather_into(out: torch.Tensor, rows: torch.Tensor) -> None:
-    if wires is not None and rows.numel() * rows.element_size() <= LIMIT:
-        wires.gather(out.view(world_size(), *rows.shape), rows)
-    else:
-        _all_gather(out, rows)
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -1,30 +1,37 @@
-"""Who am I among the ranks: process group from torchrun, from srun, or none; and what all ranks must agree on.
+"""Who am I among the ranks: from torchrun's variables, from srun's, or alone; how ranks meet, and how they leave.
 
-with ranks(config.train) as me:  # me.rank, me.world_size, me.device
-    agree({"config": digest}, me)
+Ranks meet at a store (MASTER_ADDR:MASTER_PORT) before anything else: from then on what one rank fails, all learn
+(spknet/parallel/together.py), and a rank that falls silent is named (spknet/parallel/watchdog.py). The process group for
+tensors (NCCL on GPUs, gloo on CPUs) comes second.
+
+    with meet(timeout_seconds=600) as me:               # me.rank, me.world_size
+        with join(device="auto", threads=0) as me:      # me.device; collectives work
+            ...
+    with ranks("cpu") as me: ...                        # both at once
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import inspect
 import os
 import re
 import socket
-import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from spknet.errors import UserError
-from spknet.parallel import gather
-from spknet.parallel.wires import put_up
+from spknet.parallel.nodelist import first_host
+
+PATIENCE = 10.0  # seconds of waiting after which a rank says what it waits for
+GOODBYE = 2.0  # seconds that the store outlives its rank's last words
 
 
 class RankError(UserError):
@@ -46,19 +53,49 @@ class Ranks:
         return self.rank == 0
 
 
+@dataclass
+class Meeting:
+    """What the ranks of this process's run share before a process group exists."""
+
+    me: Ranks
+    store: dist.Store | None = None  # None: alone
+    address: tuple[str, int] | None = None
+    limit: float = 600.0  # seconds that a rank waits for the others
+    serves: bool = False  # whether this process holds the store
+
+
+_meeting = Meeting(Ranks())
+
+
+def here() -> Ranks:
+    """This process's place among the ranks; alone outside of `meet`."""
+    return _meeting.me
+
+
+def meeting() -> Meeting:
+    """The store of this run and the place in it."""
+    return _meeting
+
+
 def from_environment(environment=os.environ) -> dict[str, int] | None:
     """Rank, world size and place on this machine from torchrun's variables or, under srun, from SLURM's; None if alone.
 
-    Under srun MASTER_ADDR and MASTER_PORT are filled in: the first host of the job, a port from the job's id.
+    Under srun MASTER_ADDR and MASTER_PORT are filled in: the first host of the job, a port from the job's id. An interactive
+    shell of a job (`srun --pty bash`) has SLURM's variables too, but one task: it is alone. Raises RankError for half a set.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, world, local, local_size = (int(environment.get(name, 0)) for name in names)
+        rank, world, local, local_size = (_number(environment, name) for name in names)
+        lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if world > 1 and name not in environment]
+        if lacking or not 0 <= rank < world:
+            found = f"{' and '.join(lacking)} not" if lacking else f"RANK={rank} of WORLD_SIZE={world}"
+            raise RankError(f"RANK and WORLD_SIZE are set, but {found}; start ranks by torchrun, or unset RANK")
         return {"rank": rank, "world_size": world, "local": local, "local_size": local_size or world}
-    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if "SLURM_STEP_ID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         if "MASTER_ADDR" not in environment:
-            environment["MASTER_ADDR"] = _first_host(environment["SLURM_STEP_NODELIST"])
-        environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+            environment["MASTER_ADDR"] = first_host(environment["SLURM_STEP_NODELIST"])
+        # Below the ephemeral ports (32768 and more), where a client of some other program might sit; as in launch and slurm/.
+        environment.setdefault("MASTER_PORT", str(15000 + int(environment["SLURM_JOB_ID"]) % 15000))
         per_node = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]
         return {
             "rank": int(environment["SLURM_PROCID"]),
@@ -69,192 +106,192 @@ def from_environment(environment=os.environ) -> dict[str, int] | None:
     return None
 
 
-def _first_host(nodelist: str) -> str:
-    found = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
-    return found.stdout.split()[0]
+def _number(environment, name: str, default: int = 0) -> int:
+    value = environment.get(name, str(default))
+    if not value.isdigit():
+        raise RankError(f"{name}={value!r} in the environment; expected a whole number")
+    return int(value)
+
+
+@contextlib.contextmanager
+def meet(timeout_seconds: float = 600.0) -> Iterator[Ranks]:
+    """Waits for all ranks at the store, at most timeout_seconds. Raises RankError naming who did not come."""
+    global _meeting
+    place = from_environment()
+    before, _meeting = _meeting, Meeting(Ranks(**(place or {})), limit=timeout_seconds)
+    try:
+        if _meeting.me.world_size > 1:
+            _meeting.address = (os.environ["MASTER_ADDR"], _number(os.environ, "MASTER_PORT"))
+            _meeting.store = _open_store(_meeting)
+            try:
+                _await_all(_meeting)
+            except (dist.DistStoreError, dist.DistNetworkError):
+                raise RankError(f"rank 0 at {_meeting.address[0]} has left before all ranks had come") from None
+        yield _meeting.me
+    finally:
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            leave(_meeting)
+        _meeting = before
+
+
+def leave(where: Meeting) -> None:
+    """Says goodbye. The rank that holds the store stays a moment, so that all others read what was told last."""
+    if where.store is None:
+        return
+    where.store.set(f"left/{where.me.rank}", "")
+    others = [f"left/{rank}" for rank in range(where.me.world_size)]
+    end = time.monotonic() + GOODBYE
+    while where.serves and time.monotonic() < end and not where.store.check(others):
+        time.sleep(0.02)
+
+
+def connect(where: Meeting, timeout_seconds: float) -> dist.TCPStore:
+    """One more connection to the store: a thread that asks must not wait behind another one's question."""
+    store = dist.TCPStore(*where.address, is_master=False, timeout=datetime.timedelta(seconds=timeout_seconds))
+    return dist.PrefixStore(_attempt(), store)
+
+
+def _open_store(where: Meeting) -> dist.Store:
+    me, (host, port) = where.me, where.address
+    # torchrun's agent holds the store itself where it says so; otherwise rank 0 does.
+    where.serves = serves = me.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = datetime.timedelta(seconds=where.limit)
+    try:
+        with _saying(f"waiting for the store of rank 0 at {host}:{port}"):
+            store = dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
+    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if serves and ("EADDRINUSE" in reason or "in use" in reason):
+            raise RankError(f"port {port} of {host} is in use by another program; give another MASTER_PORT") from None
+        if serves:
+            raise RankError(f"cannot open the store of the ranks at {host}:{port}: {reason}") from None
+        raise RankError(
+            f"no rank 0 at {host}:{port} within {where.limit:g} s; is it running, and is MASTER_ADDR right?"
+        ) from None
+    return dist.PrefixStore(_attempt(), store)
+
+
+def _attempt() -> str:
+    # torchrun with a fixed --master_port keeps its store over restarts, with the words of ranks that are gone.
+    return f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+
+def _await_all(where: Meeting) -> None:
+    """Every rank says that it is here and how many it expects; all learn who is missing."""
+    me, store = where.me, where.store
+    store.set(f"here/{me.rank}", f"{me.world_size} {socket.gethostname()}")
+    begun = told = time.monotonic()
+    missing = list(range(me.world_size))
+    while missing:
+        for rank in [r for r in missing if store.check([f"here/{r}"])]:
+            missing.remove(rank)
+            _check_size(me, rank, *store.get(f"here/{rank}").decode().split(" ", 1))
+        now = time.monotonic()
+        names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        if missing and now - begun > where.limit:
+            raise RankError(
+                f"rank {names} of {me.world_size} did not come to {where.address[0]} within {where.limit:g} s"
+            )
+        if missing and me.first and now - told > PATIENCE:
+            print(f"waiting for rank {names} of {me.world_size}", file=sys.stderr, flush=True)
+            told = now + 5 * PATIENCE
+        time.sleep(0.05 if missing else 0)
+
+
+def _check_size(me: Ranks, rank: int, size: str, host: str) -> None:
+    if int(size) != me.world_size:
+        raise RankError(
+            f"rank {rank} ({host}) was started as one of {size}, rank {me.rank} as one of {me.world_size}; start all"
+            " with one WORLD_SIZE"
+        )
+
+
+@contextlib.contextmanager
+def _saying(what: str) -> Iterator[None]:
+    timer = threading.Timer(PATIENCE, lambda: print(what, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def join(device: str = "auto", threads: int = 0) -> Iterator[Ranks]:
+    """Joins the process group of the ranks that have met, on the device that this rank is to use, and leaves it at the end.
+
+    device: auto, cpu or cuda; threads: of this process on the CPU, 0 for an equal share of the cores. Raises RankError.
+    """
+    global _meeting
+    me = _meeting.me
+    where = _device(device, me)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    torch.set_num_threads(threads or threads_of(me))
+    before, _meeting = _meeting, replace(_meeting, me=replace(me, device=where))
+    try:
+        if me.world_size > 1:
+            # The watchdog speaks first (it can name the slow rank); the process group's own limit is the net below it.
+            limit = datetime.timedelta(seconds=2 * _meeting.limit + 60)
+            extra = {"device_id": where} if where.type == "cuda" else {}
+            backend = "nccl" if where.type == "cuda" else "gloo"
+            store = dist.PrefixStore("group", _meeting.store)
+            dist.init_process_group(
+                backend, store=store, rank=me.rank, world_size=me.world_size, timeout=limit, **extra
+            )
+        yield _meeting.me
+        if dist.is_initialized():  # a rank that leaves while another still works may abort that one in gloo's threads
+            dist.barrier()
+            dist.destroy_process_group()
+    finally:
+        # After an error the group is left as it is: with a collective under way its end might wait for ever.
+        _meeting = before
 
 
 @contextlib.contextmanager
 def ranks(device: str = "auto", threads: int = 0, timeout_seconds: float = 600.0) -> Iterator[Ranks]:
-    """Joins the process group (NCCL on GPUs, gloo on CPUs; none for one rank) and leaves it at the end.
+    """`meet` and `join`."""
+    with meet(timeout_seconds), join(device, threads) as me:
+        yield me
 
-    device: auto, cpu or cuda; threads: of this process on the CPU, 0 for an equal share of the cores.
-    """
-    place = from_environment() or {"rank": 0, "world_size": 1, "local": 0, "local_size": 1}
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if cuda and place["local"] >= torch.cuda.device_count():
+
+def _device(device: str, me: Ranks) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RankError("--train.device cuda, but torch sees no GPU here; see `nvidia-smi`, or use --train.device cpu")
+    seen = torch.cuda.device_count()
+    if seen == 1 and me.local_size > 1 and _own_gpu():
+        return torch.device("cuda", 0)  # srun --gpus-per-task=1: each rank sees its own GPU only, as number 0
+    if me.local >= seen:
         raise RankError(
-            f"rank {place['rank']} is number {place['local']} on {socket.gethostname()}, which has"
-            f" {torch.cuda.device_count()} GPUs; start at most that many ranks a machine, or use --train.device cpu"
+            f"rank {me.rank} is number {me.local} on {socket.gethostname()}, which has"
+            f" {seen} GPUs; start at most that many ranks a machine, or use --train.device cpu"
         )
-    where = torch.device("cuda", place["local"]) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(where)
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores // place["local_size"]))
-    if place["world_size"] > 1:
-        # The watchdog speaks first (it can name the slow rank); the process group's own limit is the net below it.
-        limit = datetime.timedelta(seconds=2 * timeout_seconds + 60)
-        extra = {"device_id": where} if cuda else {}
-        store, rank, world = next(rendezvous("env://", rank=place["rank"], world_size=place["world_size"]))
-        # torchrun with a fixed --master_port keeps its store over restarts, with the addresses of ranks that are gone.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit, **extra)
-    try:
-        if dist.is_initialized() and not cuda:
-            gather.wires = put_up(place["rank"], place["world_size"], 2 * timeout_seconds + 60)
-        yield Ranks(device=where, **place)
-        if dist.is_initialized():  # a rank that leaves while another still works may abort that one in gloo's threads
-            dist.barrier()
-    finally:
-        if gather.wires is not None:
-            gather.wires.close()
-            gather.wires = None
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return torch.device("cuda", me.local)
 
 
-def agree(facts: dict[str, str], me: Ranks) -> None:
-    """Raises RankError on every rank, naming the first fact and rank that differ from rank 0's."""
-    every = gather_objects((socket.gethostname(), facts), me)
-    for rank, (host, theirs) in enumerate(every):
-        for name, value in every[0][1].items():
-            if theirs.get(name) != value:
-                raise RankError(
-                    f"ranks disagree on {name}: rank 0 ({every[0][0]}) has {value}, rank {rank} ({host}) has"
-                    f" {theirs.get(name)}; start every rank with the same command, code and data"
-                )
+def _own_gpu() -> bool:
+    """Whether the launcher has given this rank one GPU of its own (a number or a MIG slice), and not all ranks the same."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return "SLURM_PROCID" in os.environ and bool(visible) and "," not in visible
 
 
-def broadcast(value, me: Ranks):
-    """Rank 0's plain value on every rank."""
-    if me.world_size == 1:
-        return value
-    box = [value if me.first else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def threads_of(me: Ranks) -> int:
+    """CPU threads of a rank: OMP_NUM_THREADS where the user has set it (of nested values, `2,1`, the first), else an equal
+    share of the cores. The 1 that torchrun sets where nobody has said anything does not count."""
+    word = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if word.isdigit() and int(word) > 0 and not (word == "1" and _set_by_torchrun()):
+        return int(word)
+    return max(1, len(os.sched_getaffinity(0)) // me.local_size)
 
 
-def gather_objects(value, me: Ranks) -> list:
-    """Every rank's plain value, in rank order, on every rank."""
-    every = [value] * me.world_size
-    if me.world_size > 1:
-        dist.all_gather_object(every, value)
-    return every
-
-
-@contextlib.contextmanager
-def first_rank_only(me: Ranks) -> Iterator[bool]:
-    """`with first_rank_only(me) as first: if first: ...`: returns when rank 0 is done; what it raises, every rank raises."""
-    failure = None
-    try:
-        yield me.first
-    except Exception as error:
-        failure = error
-    failure = broadcast(failure, me)
-    if failure is not None:
-        raise failure
-
-
-def barrier(me: Ranks) -> None:
-    """Returns when every rank has come here."""
-    if me.world_size > 1:
-        dist.barrier()
-
-
-def data_parallel(module: torch.nn.Module, me: Ranks) -> torch.nn.Module:
-    """The module under DistributedDataParallel, or itself with one rank. Buffers are left alone: they are equal already."""
-    if me.world_size == 1:
-        return module
-    wrapper = torch.nn.parallel.DistributedDataParallel
-    # torch 2.14 has renamed the option; 2.11 has only the older name.
-    new = "forward_sync_buffers" in inspect.signature(wrapper).parameters
-    buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-    where = [me.device] if me.device.type == "cuda" else None
-    return wrapper(module, device_ids=where, gradient_as_bucket_view=True, **buffers)
-
-
-def average_gradients(parameters, me: Ranks) -> None:
-    """Mean over ranks of every gradient, in one collective: what DDP does, for steps that ran outside of it."""
-    if me.world_size == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
-    flat /= me.world_size
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
-
-
-def peer_lost(error: BaseException) -> bool:
-    """Whether an error of a collective means that another rank is gone (killed, its machine down), not a fault here."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "NCCL error")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-class Watchdog(threading.Thread):
-    """Names the rank that stalls: every rank tells the store what it does; whoever waits too long reads all and stops.
-
-    report: called with the message on the rank that gives up, before the process leaves with status 1. A stalled
-    collective cannot be interrupted from Python, hence os._exit.
-    """
-
-    def __init__(self, me: Ranks, limit_seconds: float, report: Callable[[str], None]):
-        super().__init__(daemon=True, name="watchdog")
-        self.me, self.limit, self.report = me, limit_seconds, report
-        self.interval = min(5.0, limit_seconds / 8)
-        self.store = dist.distributed_c10d._get_default_store() if me.world_size > 1 else None
-        self.since: float | None = None  # None: not watching
-        self.stopped = threading.Event()
-        self.beats = 0
-
-    def waits(self, step: int) -> None:
-        """This rank has done `step` steps (global) and waits for the next one's data."""
-        self.since = time.monotonic()
-        self._tell("at", f"{step} 0")
-
-    def computes(self, step: int) -> None:
-        """It has the data. Ranks meet in the step's collectives, so one that is slow stays behind in this alone."""
-        self._tell("at", f"{step} 1")
-
-    def saves(self, step: int) -> None:
-        """Rank 0 writes a checkpoint, and the others wait for it."""
-        self._tell("at", f"{step} -1")
-
-    def pause(self) -> None:
-        """What comes now (evaluation) may take much longer than a step."""
-        self.since = None
-
-    def _tell(self, what: str, value: str) -> None:
-        if self.store is not None:
-            self.store.set(f"{what}/{self.me.rank}", value)
-
-    def run(self) -> None:
-        while not self.stopped.wait(self.interval):
-            self.beats += 1
-            self._tell("beat", str(self.beats))
-            if self.since is not None and time.monotonic() - self.since > self.limit:
-                self.report(self._message())
-                os._exit(1)
-
-    def _read(self, what: str) -> list[str]:
-        names = [f"{what}/{rank}" for rank in range(self.me.world_size)]
-        return [self.store.get(name).decode() if self.store.check([name]) else "" for name in names]
-
-    def _message(self) -> str:
-        waited = f"no step finished within train.timeout_seconds={self.limit:g}"
-        if self.store is None:
-            return waited
-        beats = self._read("beat")
-        time.sleep(3 * self.interval)  # counters, not times: clocks of machines differ
-        places = [tuple(map(int, (place or "-1 0").split())) for place in self._read("at")]
-        silent = [r for r, (a, b) in enumerate(zip(beats, self._read("beat"))) if a == b and r != self.me.rank]
-        slowest = silent[0] if silent else min(range(len(places)), key=places.__getitem__)
-        step, phase = places[slowest]
-        doing = "without a sign of life since" if silent else ("waiting for data", "computing", "saving")[phase]
-        steps = ", ".join(str(step) for step, _ in places)
-        return (
-            f"{waited}; rank {slowest} is behind, last seen at step {step}, {doing} (steps of all ranks: {steps}); look at"
-            " that rank's log and machine"
-        )
+def _set_by_torchrun() -> bool:
+    # The agent changes its own environment: what it was started with still stands in /proc.
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    with contextlib.suppress(OSError):
+        given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        return not any(word.startswith(b"OMP_NUM_THREADS=") for word in given)
+    return False

@@ -1,8 +1,17 @@
-"""`python -m spknet.train`: from the command line to an exit status. Training itself is spknet/train/trainer.py."""
+"""`python -m spknet.train`: from the command line to an exit status. Training itself is spknet/train/trainer.py.
+
+    python -m spknet.train --config fast_resnet34_angleproto --data.train_shards shards/vox2 --run_dir runs/a
+    torchrun --nproc_per_node 8 -m spknet.train --config ...        the same run on 8 GPUs
+    srun --ntasks-per-node 8 python -m spknet.train --config ...    the same run, one task a GPU
+
+Exit status: 0 done; 75 stopped by a signal and saved, or another rank is gone (start the same command again); 2 a mistake of
+the user; 1 any other error. What is written where: spknet/train/run_folder.py, metrics_log.py, spknet/checkpoints/file.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import socket
 import sys
@@ -10,120 +19,182 @@ import traceback
 from pathlib import Path
 
 import torch
-import yaml
 
-from shards.format import ShardError, atomic_write, remove_leftovers
+from shards.format import remove_leftovers
 from spknet import config as configuration
-from spknet.checkpoints.file import CheckpointError
-from spknet.config import Config, ConfigError
-from spknet.data.sampler import SamplerError
-from spknet.evaluate.trials import TrialError
-from spknet.parallel import ranks as distributed
-from spknet.parallel.ranks import RankError, Ranks, Watchdog
-from spknet.train import run_folder as run
-from spknet.train import voxceleb_trainer as legacy
-from spknet.train.metrics_log import MetricsLog
-from spknet.train.run_folder import RunError, StopSignals, write_state
+from spknet.checkpoints.file import path_of, remove_orphans, steps
+from spknet.config import Config
+from spknet.data.batches import LoaderLost, of_loader
+from spknet.errors import INTERRUPTED, USAGE, UserError
+from spknet.messages import say
+from spknet.parallel.ranks import Ranks, here, join, meet
+from spknet.parallel.together import Failed, agree, gather_objects, on_first, sentence, together
+from spknet.parallel.watchdog import REQUEUE, Failure, Watchdog
+from spknet.train import run_folder, voxceleb_trainer
+from spknet.train.lock import Owner, hold
+from spknet.train.run_folder import write_state
+from spknet.train.sidelines import Sidelines
+from spknet.train.signals import StopSignals
 from spknet.train.trainer import NonFiniteLoss, Trainer
 
-REQUEUE = 75  # exit status: stopped by a signal, saved, start the same command again (EX_TEMPFAIL)
-USER_ERRORS = (ConfigError, ShardError, SamplerError, CheckpointError, RunError, RankError, TrialError)
+# Words of collectives (gloo, NCCL) and of the store whose other end is gone.
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "remote process exited",
+)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`python -m spknet.train`: exit status 0 done, 75 stopped by a signal and saved, 2 a user's error, 1 any other."""
+class Run:
+    """One start of a run on this rank: who owns the folder, and what state.json is to say."""
+
+    def __init__(self):
+        self.config: Config | None = None
+        self.trainer: Trainer | None = None
+        self.owner: Owner | None = None  # on rank 0, from the lock on
+        self.held = contextlib.ExitStack()
+        self.begun = False  # whether every check has passed
+
+    def report(self, failure: Failure) -> None:
+        """On rank 0: state.json after a failure. A command that was refused leaves another run's folder as it is."""
+        if self.config is None or self.config.run_dir is None or not here().first:
+            return
+        token = self.owner.token if self.owner else None
+        with contextlib.suppress(OSError, UserError):  # the disk may be what has failed, or the path may be no folder
+            if self.begun:
+                write_state(self.config.run_dir, failure.state, self.trainer.step, failure.reason, token)
+            else:
+                Path(self.config.run_dir).mkdir(parents=True, exist_ok=True)
+                run_folder.refuse(self.config.run_dir, failure.reason, token)
+
+
+def main(argv: list[str] | None = None, theirs: bool = False) -> int:
+    """The command line; returns the exit status. theirs: it is voxceleb_trainer's, whatever it says."""
     argv = sys.argv[1:] if argv is None else argv
+    run, stop = Run(), StopSignals()
+    words, error = None, None
     try:
-        config, instead = legacy.options(argv)
-        if instead is not None:
-            return instead()
-        with (
-            distributed.ranks(config.train.device, config.train.threads, config.train.timeout_seconds) as me,
-            StopSignals() as stop,
-        ):
-            return _run(config, me, stop)
-    except (*USER_ERRORS, NonFiniteLoss) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, NonFiniteLoss) else 2
-    except Exception:
+        words = voxceleb_trainer.options(argv, theirs)
+        run.config = words[0]
+    except UserError as mistake:  # told below, when the ranks have met
+        error = mistake
+    with stop:
+        try:
+            with meet(run.config.train.timeout_seconds if run.config else 60.0):
+                return _watched(run, words, error, stop)
+        except UserError as mistake:  # the ranks have not met: each tells its own
+            print(f"error: {mistake}", file=sys.stderr)
+            run.report(Failure(str(mistake), USAGE))
+            return USAGE
+
+
+def _watched(run: Run, words, error: UserError | None, stop: StopSignals) -> int:
+    """Everything that happens once the ranks have met."""
+    watchdog = Watchdog(run.report).start()
+    try:
+        with together("reading the options"):
+            if error is not None:
+                raise error
+        if words[1] is not None:
+            return words[1]()
+        config = run.config
+        with join(config.train.device, config.train.threads) as me:
+            return _run(run, config, me, watchdog, stop)
+    except BaseException as failed:
         # Handled here and not by the interpreter, which would keep the frames, and in them the loader's workers, until it
         # waits for these workers at its end.
-        traceback.print_exc()
-        return 1
+        return _failed(run, failed, watchdog)
+    finally:
+        watchdog.stop()
+        for child in multiprocessing.active_children():
+            child.kill()
+        run.held.close()
 
 
-def _run(config: Config, me: Ranks, stop: StopSignals) -> int:
-    """Owns the run folder while training; leaves state.json saying how it ended."""
-    trainer = None
-    with contextlib.ExitStack() as held:
-        with distributed.first_rank_only(me) as first:
-            if first:
-                held.enter_context(run.owned(config.run_dir))
-                write_state(config.run_dir, "running", 0, "starting")
-                remove_leftovers(Path(config.run_dir) / "checkpoints")  # of a run killed while it saved
-        try:
-            trainer = _prepare(config, me)
-            stopped_by = _train(trainer, me, stop)
-        except BaseException as error:
-            _fail(config, trainer, error)
-            raise
-        distributed.barrier(me)
-        if me.first:
-            write_state(config.run_dir, "requeue" if stopped_by else "done", trainer.step, stopped_by or "")
-        trainer.say(f"stopped by {stopped_by} at step {trainer.step}" if stopped_by else f"done: {config.run_dir}")
-    # torchrun takes any other status of a worker for a failure, and would start the group again.
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    return REQUEUE if stopped_by and not restarts else 0
+def _failed(run: Run, error: BaseException, watchdog: Watchdog) -> int:
+    """Tells the other ranks, the user and state.json why this rank ends; returns the exit status."""
+    me = here()
+    if run.config is not None:
+        error = of_loader(error, run.config.data.workers) or error
+    everywhere = isinstance(error, (Failed, NonFiniteLoss)) or getattr(error, "everywhere", False)
+    failure = Failure(sentence(error), 1, me.rank)
+    if isinstance(error, NonFiniteLoss):
+        failure = Failure(str(error), 1)
+    elif isinstance(error, (UserError, OSError)):
+        failure = Failure(sentence(error), USAGE, me.rank)
+    elif isinstance(error, KeyboardInterrupt):
+        failure = Failure("stopped by Ctrl-C", INTERRUPTED, me.rank)
+    elif isinstance(error, LoaderLost):
+        failure = Failure(str(error), REQUEUE, me.rank)
+    elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST):
+        said = f"another rank is gone; the run continues from its newest checkpoint ({sentence(error)})"
+        failure = Failure(said, REQUEUE, me.rank)
+    elif not everywhere:
+        traceback.print_exception(error, file=sys.stderr)
+    if not everywhere:
+        if me.world_size > 1 and failure.status != REQUEUE and not isinstance(error, KeyboardInterrupt):
+            failure = Failure(f"rank {me.rank} ({socket.gethostname()}): {failure.reason}", failure.status, me.rank)
+        failure = watchdog.fail(failure)
+    if me.first or failure.rank == me.rank and not everywhere:
+        print(f"error: {failure.reason}", file=sys.stderr, flush=True)
+    run.report(failure)
+    return failure.status
 
 
-def _prepare(config: Config, me: Ranks) -> Trainer:
+def _run(run: Run, config: Config, me: Ranks, watchdog: Watchdog, stop: StopSignals) -> int:
+    """Checks, owns the run folder, trains; leaves state.json saying how it ended."""
     torch.use_deterministic_algorithms(config.train.deterministic)
     options = {f"option {k}": repr(v) for k, v in configuration.flatten(configuration.to_dict(config)).items()}
-    distributed.agree(
-        {"the code": run.code_digest(), **{f"version of {k}": v for k, v in run.versions().items()}, **options}, me
-    )
-    device = torch.cuda.get_device_name(me.device) if me.device.type == "cuda" else "CPU"
-    places = distributed.gather_objects((socket.gethostname(), device), me)
-    if me.first:
-        hosts, devices = zip(*places)
-        folder = Path(config.run_dir)
-        run.write_json(folder / "record.json", run.record(list(devices), list(hosts)))
-        with atomic_write(folder / "config.yaml") as file:
-            file.write(yaml.safe_dump(configuration.to_dict(config), sort_keys=False).encode())
+    versions = {f"version of {k}": v for k, v in run_folder.versions().items()}
+    agree({"the code": run_folder.code_digest(), **versions, **options, "CPU threads": str(torch.get_num_threads())})
     trainer = Trainer(config, me)
+    on_first("taking the run folder", lambda: _own(run, config), share=False)
+    trainer.resume()
+    places = gather_objects((socket.gethostname(), _device_name(me)))
+    run.trainer = trainer
+    on_first("writing to the run folder", lambda: _begin(run, places), share=False)
+    run.begun = True
     for warning in trainer.corpus.warnings():
-        trainer.say(f"warning: {warning}")
-    return trainer
+        say(f"warning: {warning}")
+    with Sidelines(trainer, run.owner, watchdog, stop) as side:
+        stopped_by = trainer.train(side)
+    on_first("ending", lambda: _end(run, stopped_by), share=False)
+    return REQUEUE if stopped_by else 0
 
 
-def _train(trainer: Trainer, me: Ranks, stop: StopSignals) -> str | None:
-    config = trainer.config
-    log = MetricsLog(config.run_dir, trainer.step, config.log.tensorboard) if me.first else None
-
-    def stalled(message: str) -> None:
-        write_state(config.run_dir, "failed", trainer.step, message)
-        print(f"error: rank {me.rank}: {message}", file=sys.stderr, flush=True)
-
-    watchdog = Watchdog(me, config.train.timeout_seconds, stalled)
-    watchdog.start()
-    try:
-        return trainer.train(log, watchdog, stop)
-    finally:
-        watchdog.stopped.set()
-        if log is not None:
-            log.close()
+def _own(run: Run, config: Config) -> None:
+    run.owner = run.held.enter_context(hold(config.run_dir))
 
 
-def _fail(config: Config, trainer: Trainer | None, error: BaseException) -> None:
-    """state.json after an error. A lost peer is a reason to go on later, unless that peer itself has said `failed`."""
-    lost = distributed.peer_lost(error)
-    if lost and (run.read_state(config.run_dir) or {}).get("state") == "failed":
-        return
-    reason = f"{type(error).__name__}: {error}"
-    if lost:
-        reason = f"another rank is gone; the run continues from its newest checkpoint ({reason})"
-    write_state(config.run_dir, "requeue" if lost else "failed", trainer.step if trainer else 0, reason)
+def _begin(run: Run, places: list[tuple[str, str]]) -> None:
+    """Every check has passed: from here on this run writes into its folder."""
+    hosts, devices = zip(*places)
+    run_dir, start, notes = Path(run.config.run_dir), run.trainer.continues, []
+    remove_leftovers(run_dir / "checkpoints")  # of a run killed while it saved
+    remove_orphans(run_dir)
+    there = [path_of(run_dir, step) for step in steps(run_dir)]
+    if there and start != there[0]:  # the next start would take what stands there for this run's
+        notes += run_folder.set_aside(run.owner, start if start in there else None)
+    about = run_folder.record(list(devices), list(hosts))
+    notes += run_folder.begin(run.owner, configuration.to_dict(run.config), about, run.trainer.step)
+    for note in notes:
+        say(note)
+
+
+def _end(run: Run, stopped_by: str | None) -> None:
+    step = run.trainer.step
+    write_state(run.config.run_dir, "requeue" if stopped_by else "done", step, stopped_by or "", run.owner.token)
+    say(f"stopped by {stopped_by} at step {step}" if stopped_by else f"done: {run.config.run_dir}")
+
+
+def _device_name(me: Ranks) -> str:
+    return torch.cuda.get_device_name(me.device) if me.device.type == "cuda" else "CPU"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    if status:
+        os._exit(status)  # with a collective under way, the interpreter's own end might wait for ever

@@ -52,17 +52,38 @@ def build_optimizer(config: OptimConfig, parameters, head=(), shards=()) -> torc
         )
     trained, head, shards = ([p for p in part if p.requires_grad] for part in (parameters, head, shards))
     decay = config.weight_decay if config.head_weight_decay is None else config.head_weight_decay
-    groups = [{"params": trained}, {"params": head, "weight_decay": decay}]
-    if config.head_weight_decay is None:  # one group, as before there was such an option
+    groups = [{"params": trained, "lr_factor": config.network_lr}, {"params": head, "weight_decay": decay}]
+    if config.head_weight_decay is None and config.network_lr == 1:  # one group, as before there were such options
         groups = [{"params": trained + head}]
     if shards:
         groups.append({"params": shards, "weight_decay": decay})
     return OPTIMIZERS[config.name]([group for group in groups if group["params"]], config)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of a step for all groups; the network's by optim.network_lr of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_factor", 1.0)
+
+
 def finite_gradients(parameters) -> torch.Tensor:
     """Whether all gradients are finite, as a bool on their device. (Norms: one pass, and no copy.)"""
     return torch.isfinite(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))).all()
+
+
+def clip_gradients(parameters, shards, squared: torch.Tensor | None, limit: float) -> torch.Tensor:
+    """Scales all gradients so that their norm is at most `limit`; returns the norm before.
+
+    parameters: those that every rank has; shards: those of this rank alone; squared: sum of squares of the gradients of all
+    ranks' shards, None where there are none.
+    """
+    parameters = list(parameters)
+    if squared is None:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    shared = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = (shared.double().square() + squared).sqrt()
+    torch.nn.utils.clip_grads_with_norm_([*parameters, *shards], limit, norm)
+    return norm
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int, utterances: int = 0) -> float:

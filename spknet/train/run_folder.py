@@ -1,40 +1,43 @@
-"""The run folder and the signals: who owns the run, what state it is in, and what asks it to stop.
+"""The files that say what a run is and how it stands; RUN/lock (lock.py) says who may write them.
 
-RUN/lock         the owner: host, pid, job; touched every 10 s
-RUN/state.json   {"state": running | requeue | done | failed, "step", "reason", "time"}: what launchers act on
+RUN/state.json   {"state": running | requeue | done | failed, "step", "reason", "time", "run"}: what launchers act on
 RUN/record.json  git revision, command, hosts, package versions, GPUs: what a reader of the results wants to know
 RUN/config.yaml  every option of the run
+RUN/before-1/    what stood there when a run was begun anew in a folder that was used
 
-with owned(run_dir) as run, StopSignals() as stop: run.state("running", step=0)
+Nothing is written before every check has passed, so that a refused command leaves a run as it was:
+
+    with hold(run_dir) as owner: ...checks...; notes = begin(owner, options, record(devices, hosts), step)
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from shards.format import atomic_write
-from spknet.errors import UserError
+from spknet.train.lock import STALE_SECONDS, Owner, RunError, hold, may_write
+from spknet.train.signals import StopSignals
 
-HEARTBEAT_SECONDS = 10
-STALE_SECONDS = 35  # without a heartbeat an owner on another machine counts as dead
+__all__ = ["STALE_SECONDS", "Owner", "RunError", "StopSignals", "hold", "owned", "read_state", "write_state"]
+
 PACKAGES = ("spknet", "torch", "torchaudio", "numpy", "soundfile", "webdataset", "pydantic")
-
-
-class RunError(UserError):
-    """The run folder cannot be used; the message says why and what to do."""
+STATES = ("running", "requeue", "done", "failed")
+REASON_CHARACTERS = 1000
+GIT_SECONDS = 20.0  # a file server that hangs must not hold up a run for a note
+owned = hold
 
 
 def write_json(path: Path, value) -> None:
@@ -42,25 +45,148 @@ def write_json(path: Path, value) -> None:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
-def read_state(run_dir: str | Path) -> dict | None:
-    """RUN/state.json, or None where there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads((Path(run_dir) / "state.json").read_text())
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None where there is none or it is damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
+        return json.loads(path.read_bytes())
     return None
 
 
-def write_state(run_dir: str | Path, state: str, step: int, reason: str = "") -> None:
-    """Sets RUN/state.json to running, requeue, done or failed."""
-    write_json(Path(run_dir) / "state.json", {"state": state, "step": step, "reason": reason, "time": time.time()})
+def read_state(run_dir: str | Path) -> dict | None:
+    """RUN/state.json, or None where there is none. A damaged one reads as the state `unreadable`."""
+    path = Path(run_dir) / "state.json"
+    said = read_json(path)
+    if isinstance(said, dict) and said.get("state") in STATES and isinstance(said.get("step"), int):
+        return {"reason": "", "time": 0.0, **said}
+    if not path.exists():
+        return None
+    return {
+        "state": "unreadable",
+        "step": 0,
+        "reason": f"{path} is damaged; the next start writes it anew",
+        "time": 0.0,
+    }
+
+
+def write_state(run_dir: str | Path, state: str, step: int, reason: str = "", token: str | None = None) -> bool:
+    """Sets RUN/state.json; False where that is not this process's to say (see may_write), and nothing is written then.
+
+    The first `failed` of a run stands: what other ranks meet because of it is not the reason.
+    """
+    with may_write(run_dir, token) as (allowed, run):
+        before = read_state(run_dir) or {}
+        if not allowed or (run is not None and before.get("state") == "failed" and before.get("run") == run):
+            return False
+        path = Path(run_dir) / "state.json"
+        value = {"state": state, "step": step, "reason": reason[:REASON_CHARACTERS], "time": time.time(), "run": run}
+        try:
+            write_json(path, value)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+                raise
+            _overwrite(path, json.dumps(value, indent=1).encode() + b"\n")
+    return True
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    # On a full disk: the few bytes fit into the block that the old ones have.
+    with open(path, "r+b", buffering=0) as file:
+        file.write(content)
+        file.truncate(len(content))
+        os.fsync(file.fileno())
+
+
+def begin(owner: Owner, options: dict[str, Any], about: dict[str, Any], step: int) -> list[str]:
+    """Puts a start on record, once every check has passed: config.yaml, record.json and the state `running`.
+
+    options: nested, of config.yaml; about: of record(). Returns what there is to say: a config.yaml that somebody has
+    edited is kept under another name.
+    """
+    owner.check()
+    notes, path = [], owner.run_dir / "config.yaml"
+    text = yaml.safe_dump(options, sort_keys=False).encode()
+    if _is_edited(path, text):
+        aside = _unused(owner.run_dir, "config.yaml.edited-")
+        os.replace(path, aside)
+        notes.append(
+            f"{path} was edited; it tells what a run was started with and is not read. Your edit is kept as {aside.name}:"
+            " give it with --config to use it"
+        )
+    with atomic_write(path) as file:
+        file.write(text)
+    write_json(owner.run_dir / "record.json", {**about, "config_sha256": _digest(text)})
+    write_state(owner.run_dir, "running", step, "", owner.token)
+    return notes
+
+
+def _is_edited(path: Path, text: bytes) -> bool:
+    """Whether config.yaml is neither what a run of ours wrote nor what is written now."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    recorded = (read_json(path.with_name("record.json")) or {}).get("config_sha256")
+    if recorded is not None:
+        return _digest(content) != recorded and content != text
+    try:  # of a version that kept no digest: ours is laid out as safe_dump does it
+        return yaml.safe_dump(yaml.safe_load(content), sort_keys=False).encode() != content
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return True
+
+
+def refuse(run_dir: str | Path, reason: str, token: str | None = None) -> None:
+    """Notes why a start failed before begin(): in a folder that has no state yet. Any other stays as it was."""
+    if read_state(run_dir) is None:
+        write_state(run_dir, "failed", 0, reason, token)
+
+
+def carries_on(run_dir: str | Path) -> bool:
+    """Whether this start goes on with one that was interrupted: then train.resume PATH and never mean the newest checkpoint.
+
+    So it is for a job that SLURM has requeued, for a group that torchrun has started again, and for the same words again.
+    """
+    said, about = read_state(run_dir) or {}, read_json(Path(run_dir) / "record.json") or {}
+    if said.get("state") not in ("running", "requeue"):
+        return False
+    job = os.environ.get("SLURM_JOB_ID")
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return (
+        again or (job is not None and about.get("job") == job) or about.get("command", [None, None])[1:] == sys.argv[1:]
+    )
+
+
+def set_aside(owner: Owner) -> list[str]:
+    """Moves what an earlier run left in the folder to RUN/before-1 (2, ...), when one is begun anew there: the next start would
+    go on from its checkpoints. Returns what there is to say.
+    """
+    owner.check()
+    folder = owner.run_dir
+    if not any((folder / "checkpoints").glob("step-*")):
+        return []
+    aside = _unused(folder, "before-")
+    aside.mkdir()
+    for name in ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "profile"):
+        if (folder / name).exists():
+            os.replace(folder / name, aside / name)
+    return [f"begun anew in {folder}; what stood there is kept in {aside}"]
+
+
+def _unused(folder: Path, prefix: str) -> Path:
+    """PREFIX1, or the first number that is free."""
+    number = 1
+    while (folder / f"{prefix}{number}").exists():
+        number += 1
+    return folder / f"{prefix}{number}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def record(devices: list[str], hosts: list[str]) -> dict:
     """What made this run: revision, command, hosts, versions, devices."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     return {
-        "git_revision": revision + ("-modified" if changed else "") if revision else None,
+        "git_revision": git_revision(Path(__file__).resolve().parents[2]),
         "command": sys.argv,
         "hosts": hosts,
         "devices": devices,
@@ -69,6 +195,31 @@ def record(devices: list[str], hosts: list[str]) -> dict:
         "job": os.environ.get("SLURM_JOB_ID"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def git_revision(folder: Path) -> str | None:
+    """Revision of the checkout that `folder` is the top of, with `-modified` where tracked files have changed.
+
+    None where it is not one: installed, without git, or lying inside another repository.
+    """
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if top is None or not Path(top).is_dir() or not folder.samefile(top):
+        return None
+    if _git(folder, "ls-files", "--error-unmatch", "spknet/errors.py") is None:
+        return None
+    revision = _git(folder, "rev-parse", "--verify", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "-uno")
+    return revision and revision + ("-modified" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "--no-optional-locks", "-C", str(folder), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=GIT_SECONDS)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def versions() -> dict[str, str]:
@@ -87,112 +238,3 @@ def code_digest() -> str:
     for path in sorted([*here.rglob("*.py"), *(here.parent / "shards").glob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def owned(run_dir: str | Path) -> Iterator[None]:
-    """Holds RUN/lock. Raises RunError naming the owner where another living run holds it."""
-    lock = Path(run_dir) / "lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    me = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "start": _start(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID"),
-    }
-    while not _take(lock, me):
-        owner, age = _owner(lock)
-        if owner is None:
-            continue
-        if not _dead(owner, age, me):
-            raise RunError(
-                f"{lock.parent} belongs to a run on {owner.get('host')} (pid {owner.get('pid')}, job {owner.get('job')}; last"
-                f" sign of life {age:.0f} s ago); wait for it or stop it, or give another --run_dir"
-            )
-        # Renamed first, so that of two newcomers only one removes the dead owner's lock.
-        with contextlib.suppress(FileNotFoundError):
-            stale = lock.with_name(f"lock.{me['host']}.{os.getpid()}")
-            os.replace(lock, stale)
-            stale.unlink()
-    stopped = threading.Event()
-
-    def beat() -> None:
-        while not stopped.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(lock)
-
-    threading.Thread(target=beat, daemon=True, name="heartbeat").start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        owner, _ = _owner(lock)
-        if owner == me:
-            lock.unlink()
-
-
-def _take(lock: Path, me: dict) -> bool:
-    # Linked into place whole: a reader never sees an empty lock.
-    draft = lock.with_name(f"lock.{me['host']}.{me['pid']}.new")
-    draft.write_text(json.dumps(me))
-    try:
-        os.link(draft, lock)
-    except FileExistsError:
-        return False
-    finally:
-        draft.unlink()
-    return True
-
-
-def _owner(lock: Path) -> tuple[dict | None, float]:
-    try:
-        return json.loads(lock.read_text()), time.time() - lock.stat().st_mtime
-    except FileNotFoundError:
-        return None, 0.0
-    except json.JSONDecodeError:
-        return {"host": "?", "pid": "?"}, time.time() - lock.stat().st_mtime
-
-
-def _start(pid: int) -> str | None:
-    """When a process of this machine started (ticks since boot): tells a reused pid from the old one."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except FileNotFoundError:
-        return None
-
-
-def _dead(owner: dict, age: float, me: dict) -> bool:
-    if owner.get("host") == me["host"]:
-        return _start(owner["pid"]) != owner.get("start")
-    same_job = owner.get("job") is not None and owner.get("job") == me["job"]  # requeued: the old step is gone
-    return same_job or age > STALE_SECONDS
-
-
-class StopSignals:
-    """SIGTERM, SIGUSR1, SIGUSR2 and the first SIGINT ask the run to save and stop; repeats change nothing.
-
-    A second SIGINT, a second or more after the first, leaves at once (one Ctrl-C under torchrun arrives twice: from the
-    terminal and from the agent).
-    """
-
-    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-
-    def __init__(self):
-        self.received: str | None = None
-        self._first_interrupt: float | None = None
-
-    def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame) -> None:
-        if number == signal.SIGINT:
-            now = time.monotonic()
-            if self._first_interrupt is not None and now - self._first_interrupt >= 1:
-                os._exit(130)
-            self._first_interrupt = self._first_interrupt or now
-        self.received = self.received or signal.Signals(number).name

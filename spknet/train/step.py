@@ -1,5 +1,5 @@
-"""What is trained: network and loss in one module, so that DDP sees the loss's parameters too; and the two ways to its
-gradient: at once, or chunk by chunk with the same result.
+"""What is trained: network and loss in one module; and the two ways to its gradient: at once, or chunk by chunk with the same
+result. Both leave the mean over ranks in every .grad.
 
 Chunked (GradCache, Gao et al. 2021, arXiv 2101.06983): embed all crops without a graph; take the loss's gradient with
 respect to the embeddings; embed chunk by chunk again, with a graph, pushing that gradient through. Memory is that of one
@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spknet.data import dither
+from spknet.config import ConfigError
 from spknet.data.augment import mix
 from spknet.data.batches import Batch
-from spknet.parallel.ranks import Ranks, average_gradients
+from spknet.parallel.gradients import AveragedGradients
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,6 +29,31 @@ class SpeakerTask(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
         self.utterances_per_speaker, self.half = utterances_per_speaker, AUTOCAST.get(precision)
+        self.frozen: list[nn.Module] = []
+
+    def freeze(self, names: str | list[str] | None) -> None:
+        """Parts of the network that are not trained, by the beginnings of their names; their BatchNorm stays as it is.
+
+        Raises ConfigError for a name that the network has not.
+        """
+        for name in [names] if isinstance(names, str) else names or []:
+            inside = [p for own, p in self.model.named_parameters() if own == name or own.startswith(name + ".")]
+            if not inside:
+                parts = ", ".join(own for own, _ in self.model.named_children())
+                raise ConfigError(
+                    f"train.frozen {name}: the network has no such part; it has {parts}, and parts of these"
+                )
+            for parameter in inside:
+                parameter.requires_grad_(False)
+            self.frozen += [part for own, part in self.model.named_modules() if own == name]
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        """As ever, but frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def embed(self, waves: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
         """(n, samples) -> (n, dimensions), at least float32."""
@@ -44,38 +69,35 @@ class SpeakerTask(nn.Module):
         return self.score(self.embed(waves, masks), labels, draws)
 
 
-def prepare(batch: Batch, samples: int, dtype: torch.dtype, device: torch.device, dithered: float = 0.0) -> tuple:
-    """The arguments of SpeakerTask.forward: augmented waves (n, samples), masks or None, labels, draws.
-
-    dithered: deviation of the noise that is added last, 16-bit steps.
-    """
+def prepare(batch: Batch, samples: int, dtype: torch.dtype, device: torch.device) -> tuple:
+    """The arguments of SpeakerTask.forward: augmented waves (n, samples), masks or None, labels, draws."""
     crops, augment, labels, draws = batch.to(device)
-    waves = mix(crops, augment, samples, dtype)
-    if dithered:
-        waves = dither.add(waves, augment["dither"], dithered)
-    return waves, augment.get("masks"), labels, draws
+    return mix(crops, augment, samples, dtype), augment.get("masks"), labels, draws
 
 
-def step_at_once(parallel: nn.Module, inputs: tuple, scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward and backward of the whole share; DDP reduces while it goes back. scale: loss -> scaled loss (fp16)."""
-    loss, accuracy = parallel(*inputs)
+def step_at_once(task: SpeakerTask, inputs: tuple, scale, gradients: AveragedGradients) -> tuple[Tensor, Tensor]:
+    """Forward and backward of the whole share; gradients travel while it goes back. scale: loss -> scaled loss (fp16)."""
+    loss, accuracy = task(*inputs)
     scale(loss).backward()
+    gradients.average()
     return loss.detach(), accuracy.detach()
 
 
-def step_in_chunks(task: SpeakerTask, inputs: tuple, scale, chunk: int, me: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same gradient with the memory of `chunk` utterances. Gradients are reduced once, at the end."""
+def step_in_chunks(
+    task: SpeakerTask, inputs: tuple, scale, gradients: AveragedGradients, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The same gradient with the memory of `chunk` utterances. Gradients travel once, at the end."""
     waves, masks, labels, draws = inputs
     parts = list(zip(waves.split(chunk), masks.split(chunk) if masks is not None else [None] * len(waves)))
     with torch.no_grad():
         embeddings = torch.cat([task.embed(*part) for part in parts])
     embeddings.requires_grad_()
     loss, accuracy = task.score(embeddings, labels, draws)
-    scale(loss).backward()
-    with _running_statistics_kept(task.model):
+    with gradients.collected(), _running_statistics_kept(task.model):
+        scale(loss).backward()
         for part, gradient in zip(parts, embeddings.grad.split(chunk)):
             task.embed(*part).backward(gradient)
-    average_gradients(task.parameters(), me)
+    gradients.average()
     return loss.detach(), accuracy.detach()
 
 

@@ -6,6 +6,9 @@ import torch
 from spknet import config
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.heads import load_head_by_speaker
+from spknet.checkpoints.network import load_network
+from spknet.checkpoints.resume import changed_options
 from spknet.config import LossConfig
 from spknet.losses import build_loss
 from spknet.options import parse
@@ -42,7 +45,7 @@ def test_only_the_newest_checkpoints_are_kept_and_load_with_weights_only(run):
 
 
 def test_a_run_folder_gives_its_network(run):
-    network, c, meta = checkpoint.load_network(run)
+    network, c, meta = load_network(run)
     assert not network.training and c.loss.name == "softmaxproto" and meta["step"] == 6
     with torch.no_grad():
         assert network(torch.randn(2, 8000)).shape == (2, 16)
@@ -69,13 +72,13 @@ def test_a_pickled_program_is_refused(tmp_path):
 
 def test_a_folder_without_checkpoints_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoints/step"):
-        checkpoint.load_network(tmp_path)
+        load_network(tmp_path)
 
 
 def test_changed_options_are_listed_and_harmless_ones_are_not():
     old = config.to_dict(parse(["--optim.lr", "0.1", "--data.workers", "4", "--train.epochs", "3"]))
     new = parse(["--optim.lr", "0.2", "--model.encoder", "TAP", "--eval.crops", "5", "--run_dir", "x"])
-    assert checkpoint.changed_options(old, new) == ["model.encoder: SAP -> TAP", "optim.lr: 0.1 -> 0.2"]
+    assert changed_options(old, new) == ["model.encoder: SAP -> TAP", "optim.lr: 0.1 -> 0.2"]
 
 
 def test_rows_of_a_head_follow_their_speakers():
@@ -84,6 +87,6 @@ def test_rows_of_a_head_follow_their_speakers():
     theirs = {n: torch.full_like(w[:2], 7) if w.dim() else w for n, w in loss.state_dict().items()}
     theirs[name] = torch.tensor([[1.0, 1, 1], [2, 2, 2]])
     state = {"speakers": ["anna", "bert"], "labels": [0, 1], "loss": theirs}
-    merged = checkpoint.load_head_by_speaker(loss, state, ["zoe", "bert", "new", "anna"], [0, 1, 2, 3])
+    merged = load_head_by_speaker(loss, state, ["zoe", "bert", "new", "anna"], [0, 1, 2, 3])
     assert merged[name][1].tolist() == [2, 2, 2] and merged[name][3].tolist() == [1, 1, 1]
     assert torch.equal(merged[name][[0, 2]], weight[[0, 2]])

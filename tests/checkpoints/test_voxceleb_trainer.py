@@ -98,6 +98,16 @@ def test_options_of_spknet_beside_the_flags_beat_them():
         legacy.translate(["--model", "ResNetSE34L", "--optim.lr"])
 
 
+def test_augment_draws_as_voxceleb_trainer_does(tmp_path):
+    for name in ("musan", "rir"):
+        (tmp_path / name / "index").mkdir(parents=True)
+        (tmp_path / name / "index" / "index.json").touch()
+    paths = f"--musan_path {tmp_path}/musan --rir_path {tmp_path}/rir"
+    done = legacy.translate(words(f"--model ResNetSE34L --trainfunc softmax --augment True {paths}"))
+    assert done.config.augment.preset == "voxceleb_trainer"
+    assert done.config.augment.noise_shards == f"{tmp_path}/musan"
+
+
 def test_a_yaml_file_beats_the_command_line_and_its_unknown_keys_are_said(tmp_path):
     path = tmp_path / "ResNetSE34L_AM.yaml"
     path.write_text(
@@ -123,13 +133,24 @@ def test_a_wrong_value_in_a_yaml_file_is_named_with_its_file(tmp_path):
 
 def test_which_command_lines_are_voxceleb_trainers(tmp_path):
     theirs, ours = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
-    theirs.write_text("model: ResNetSE34L\nbatch_size: 200\n")
-    ours.write_text("run_dir: a\nmodel:\n  name: VGGVox\n")
-    assert legacy.is_legacy(["--model", "ResNetSE34L"]) and legacy.is_legacy(["--trainfunc=softmax"])
-    assert legacy.is_legacy(["--config", str(theirs)])
+    theirs.write_text("model: ResNetSE34L\ntrainfunc: softmax\nbatch_size: 200\n")
+    ours.write_text("run_dir: a\nmodel:\n  name: VGGVox\neval:\n")
+    assert legacy.is_legacy(["--model", "ResNetSE34L", "--trainfunc=softmax", "--optim.lr", "1"])
+    assert legacy.is_legacy(["--config", str(theirs)]) and legacy.is_legacy(["--config", str(theirs), "--augment"])
+    assert legacy.is_legacy(["--eval", "--model", "ResNetSE34L", "--initial_model", "a.model"])
+    for word in ("--lr", "--seed", "--margin", "--model"):  # one of their words does not make a line theirs
+        assert not legacy.is_legacy([word, "1"])
+    assert not legacy.is_legacy(["--model", "ResNetSE34L", "--trainfunc", "softmax", "--train_shards", "x"])
     assert not legacy.is_legacy(["--config", "fast_resnet34_angleproto", "--lr", "1"])
     assert not legacy.is_legacy(["--config", str(ours), "--optim.lr", "1"])
     assert not legacy.is_legacy(["--run_dir", "a", "--data.train_shards", "b"]) and not legacy.is_legacy(["--help"])
+
+
+def test_switches_of_the_newest_version_and_its_folders():
+    done = legacy.translate(["--model", "ResNetSE34V2", "--trainfunc", "softmax", "--log_input", "--seed", "3"])
+    assert done.config.model.log_input and done.config.train.seed == 3
+    assert done.config.data.train_root == "data/voxceleb2/dev/wav" and done.config.eval.trials == "data/veri_test.txt"
+    assert done.config.eval.root == "data/voxceleb1/test/wav"
 
 
 def test_distributed_says_what_the_batch_would_have_been(monkeypatch):
@@ -316,10 +337,11 @@ def test_a_checkpoint_of_spknet_starts_a_run_and_its_head_finds_the_speakers(tmp
     config = ModelConfig(**SMALL, embedding_size=16)
     old, old_loss = own_checkpoint(tmp_path / "a.pt", config, LossConfig(name="softmax"), ["ann", "bob", "cid"])
     task = SimpleNamespace(model=build_model(config), loss=build_loss(LossConfig(name="softmax"), 16, 2, 1))
-    corpus = SimpleNamespace(utterances=SimpleNamespace(speakers=["cid", "dan"], labels=[0, 1]))
+    corpus = SimpleNamespace(utterances=SimpleNamespace(speakers=["cid", "dan"], labels=[0, 1]), classes_per_speaker=1)
     fresh = task.loss.weight[1].clone()
     notes = legacy.load_initial(task, str(tmp_path / "a.pt"), corpus)
-    assert notes == [f"starting from the weights of {tmp_path / 'a.pt'}"]
+    head = "head: rows of 1 speakers kept, those of 1 begin anew"
+    assert notes == [f"starting from the weights of {tmp_path / 'a.pt'}", head]
     assert torch.equal(task.model.head.fc.weight, old.head.fc.weight)
     assert torch.equal(task.loss.weight[0], old_loss.weight[2]) and torch.equal(task.loss.weight[1], fresh)
     task.model = build_model(ModelConfig(**SMALL, embedding_size=8))

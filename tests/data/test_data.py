@@ -6,7 +6,8 @@ import soundfile
 import torch
 
 from spknet.config import ConfigError
-from spknet.data.batches import Corpus, Steps, dev_speakers, loader
+from spknet.data.batches import Batches, Steps
+from spknet.data.corpus import Corpus, dev_speakers
 from spknet.options import parse
 from spknet.parallel.ranks import Ranks
 
@@ -54,11 +55,12 @@ def test_the_loader_goes_on_across_epochs_in_order(corpus):
     data = Corpus.open(c.data, 0)
     assert data.sampler.steps == 3
     again, before = Steps(c, data, Ranks()), []
-    for i, batch in enumerate(loader(c, data, Ranks(), 1, 60), 1):
-        assert batch.step == i
-        before = [*before[-1:], batch]  # the consumer may still hold the batch before
-        for held in before:
-            assert torch.equal(held.crops, again[held.step].crops)
+    with Batches(c, data, Ranks(), 1, 60) as batches:
+        for i, batch in enumerate(batches, 1):
+            assert batch.step == i
+            before = [*before[-1:], batch]  # the consumer may still hold the batch before
+            for held in before:
+                assert torch.equal(held.crops, again[held.step].crops)
     assert i == 59
 
 

@@ -11,11 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from launch import submit
-from launch.task import Place, RunFailed, Task, _descendants, grace_seconds, newest_checkpoint_step, rendezvous_port
+from launch import cluster, starts, submit
+from launch.node import Node
+from launch.processes import descendants
+from launch.starts import newest_checkpoint_step
+from launch.task import Place, RunFailed, Task, grace_seconds
 from spknet.train.run_folder import read_state, write_state
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+NO_DATA = ["--skip-data-check"]
 
 
 def submitted(capsys, *words) -> tuple[int, str]:
@@ -24,11 +30,11 @@ def submitted(capsys, *words) -> tuple[int, str]:
 
 
 def test_words_before_and_after_the_dashes_are_told_apart():
-    assert submit.split_words(["--nodes", "2", "--", "--config", "a", "--", "b"]) == (
+    assert cluster.split_words(["--nodes", "2", "--", "--config", "a", "--", "b"]) == (
         ["--nodes", "2"],
         ["--config", "a", "--", "b"],
     )
-    assert submit.split_words(["--nodes", "2"]) == (["--nodes", "2"], [])
+    assert cluster.split_words(["--nodes", "2"]) == (["--nodes", "2"], [])
 
 
 def test_no_run_options_is_an_error_that_shows_where_they_go(capsys):
@@ -57,22 +63,24 @@ def test_missing_run_dir_is_an_error(capsys):
 def test_batch_that_the_ranks_cannot_share_is_an_error_naming_both(capsys, tmp_path):
     words = ["--nodes", 3, "--gpus-per-node", 8, "--", "--run_dir", tmp_path, "--data.speakers_per_batch", 40]
     status, said = submitted(capsys, *words)
-    assert status == 2 and "data.speakers_per_batch=40 is not divisible by 24 ranks (3 nodes x 8)" in said
+    assert (
+        status == 2 and "data.speakers_per_batch=40 is not divisible by 24 ranks (3 nodes x 8); give 24 or 48" in said
+    )
 
 
 def test_signal_that_would_come_as_the_run_starts_is_an_error(capsys, tmp_path):
     status, said = submitted(capsys, "--hours", 0.04, "--signal-delay", 180, "--", "--run_dir", tmp_path)
-    assert status == 2 and "--signal-delay 180 s does not fit in a time limit of 144 s" in said
+    assert status == 2 and "--signal-delay 180 s does not fit in a time limit of 120 s" in said
 
 
 def test_unwritable_run_folder_is_an_error(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    status, said = submitted(capsys, "--executor", "local", "--", "--run_dir", tmp_path / "file" / "run")
+    status, said = submitted(capsys, "--executor", "local", *NO_DATA, "--", "--run_dir", tmp_path / "file" / "run")
     assert status == 2 and f"cannot write to {tmp_path / 'file' / 'run'}: Not a directory" in said
 
 
 def test_several_nodes_need_slurm(capsys, tmp_path):
-    status, said = submitted(capsys, "--executor", "local", "--nodes", 2, "--", "--run_dir", tmp_path)
+    status, said = submitted(capsys, "--executor", "local", "--nodes", 2, *NO_DATA, "--", "--run_dir", tmp_path)
     assert status == 2 and "--executor local has one node, not 2" in said
 
 
@@ -80,10 +88,10 @@ def test_option_of_sbatch_without_a_value_is_an_error():
     import argparse
 
     parser = argparse.ArgumentParser()
-    submit.add_cluster_options(parser)
+    cluster.add_cluster_options(parser)
     options = parser.parse_args(["--slurm", "qos"])
-    with pytest.raises(submit.SubmitError, match="--slurm qos: expected KEY=VALUE"):
-        submit.slurm_parameters(options, "a", 0, 1)
+    with pytest.raises(cluster.SubmitError, match="--slurm qos: expected KEY=VALUE"):
+        cluster.slurm_parameters(options, "a", 0, 1)
 
 
 def run_python(code: str, **environment) -> subprocess.CompletedProcess:
@@ -93,12 +101,12 @@ def run_python(code: str, **environment) -> subprocess.CompletedProcess:
 
 
 def test_missing_submitit_is_an_error_with_the_command_that_installs_it(tmp_path):
-    code = f"import sys; sys.modules['submitit'] = None\nfrom launch.submit import main\nmain(['--', '--run_dir', {str(tmp_path)!r}])"
+    code = f"import sys; sys.modules['submitit'] = None\nfrom launch.submit import main\nmain(['--skip-data-check', '--', '--run_dir', {str(tmp_path)!r}])"
     assert "submitit is not installed; `pip install 'spknet[launch]'`" in run_python(code).stderr
 
 
 def test_machine_without_slurm_is_told_about_the_local_executor(tmp_path):
-    code = f"from launch.submit import main; main(['--', '--run_dir', {str(tmp_path)!r}])"
+    code = f"from launch.submit import main; main(['--skip-data-check', '--', '--run_dir', {str(tmp_path)!r}])"
     said = run_python(code, PATH=str(tmp_path)).stderr
     assert "no SLURM here (sinfo, sbatch or srun not found); --executor local runs on this machine" in said
 
@@ -107,14 +115,16 @@ def test_slurm_parameters_ask_for_what_the_run_needs():
     import argparse
 
     parser = argparse.ArgumentParser()
-    submit.add_cluster_options(parser)
+    cluster.add_cluster_options(parser)
     words = "--nodes 4 --gpus-per-node 8 --partition gpu --hours 48 --account lab --mem-gb 1.5 --slurm qos=high"
-    asked = submit.slurm_parameters(parser.parse_args(words.split()), "a", workers=5, at_once=3)
+    asked = cluster.slurm_parameters(parser.parse_args(words.split()), "a", workers=5, at_once=3)
     assert asked["nodes"] == 4 and asked["ntasks_per_node"] == 1 and asked["gpus_per_node"] == 8
     assert asked["cpus_per_task"] == 8 * (5 + 1) and asked["time"] == 48 * 60 and asked["mem"] == "1536M"
     assert asked["partition"] == "gpu" and asked["account"] == "lab" and asked["array_parallelism"] == 3
     assert asked["additional_parameters"] == {"requeue": True, "qos": "high"}
-    assert asked["signal_delay_s"] == 180 and asked["srun_args"] == ["--kill-on-bad-exit=0"]
+    assert asked["signal_delay_s"] == 180
+    # Without --cpus-per-task for srun, all ranks and loaders of a node share one CPU where CPUs are bound.
+    assert asked["srun_args"] == ["--kill-on-bad-exit=0", "--wait=8", "--cpus-per-task=48"]
 
 
 def test_torchrun_meets_at_the_first_node_and_handles_every_signal_of_a_cluster():
@@ -125,12 +135,8 @@ def test_torchrun_meets_at_the_first_node_and_handles_every_signal_of_a_cluster(
     assert pairs["--rdzv-backend"] == "c10d" and pairs["--rdzv-endpoint"] == f"gpu07:{15000 + 123456 % 15000}"
     assert pairs["--rdzv-conf"] == "is_host=0"
     assert pairs["--signals-to-handle"] == "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-    assert pairs["--shutdown-timeout"] == "160"
+    assert pairs["--shutdown-timeout"] == "160" and pairs["--log-dir"].startswith("/runs/a/jobs/")
     assert words[-4:] == ["-m", "spknet.train", "--config", "a"]
-
-
-def test_ports_lie_below_the_ephemeral_range_for_any_job():
-    assert all(15000 <= rendezvous_port(str(job)) < 30000 for job in (1, 14999, 15000, 67108863))
 
 
 def test_saving_gets_the_signal_delay_less_twenty_seconds():
@@ -146,39 +152,80 @@ def test_step_of_the_newest_checkpoint_is_read_from_its_name(tmp_path):
     assert newest_checkpoint_step(tmp_path) == 100
 
 
-def test_two_requeues_without_a_new_checkpoint_are_a_failure(tmp_path):
-    task = Task([], str(tmp_path))
-    task._note_start("7")
-    task._note_start("7")
-    with pytest.raises(RunFailed, match="requeued twice without progress: job 7 has started three times at step 0"):
-        task._note_start("7")
-    assert read_state(tmp_path)["state"] == "failed"
+def start_and_end(run: Path, ended: str, job: str = "7", blamed=()) -> str:
+    """One start of a job; why there should be no other, or an empty string."""
+    starts.note_start(run, job, ["gpu1", "gpu2"], {}, 4)
+    starts.note_end(run, ended, list(blamed))
+    return starts.without_progress(run)
+
+
+def test_three_deaths_at_one_step_are_a_failure(tmp_path):
+    assert [start_and_end(tmp_path, "died") for _ in range(2)] == ["", ""]
+    assert start_and_end(tmp_path, "died") == "no progress: job 7 has started 3 times at step 0 and died each time"
+
+
+@pytest.mark.parametrize(("ended", "limit"), [("signal", None), ("lost", None), ("stalled", 6)])
+def test_preemption_and_lost_nodes_never_count_and_stalls_late(tmp_path, ended, limit):
+    refused = [n for n in range(1, 8) if start_and_end(tmp_path, ended)]
+    assert refused == ([] if limit is None else [n for n in range(1, 8) if n >= limit])
 
 
 def test_progress_or_a_new_submission_counts_anew(tmp_path):
-    task = Task([], str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     for step in (0, 0, 20, 20, 40):
         if step:
             (tmp_path / "checkpoints" / f"step-{step:08d}.pt").write_text("")
-        task._note_start("7")
-    task._note_start("7")
-    task._note_start("8")
-    assert [s["step"] for s in json.loads((tmp_path / "launch.json").read_text())["starts"]] == [
-        0,
-        0,
-        20,
-        20,
-        40,
-        40,
-        40,
-    ]
+        assert start_and_end(tmp_path, "died") == ""
+    assert start_and_end(tmp_path, "died") == ""
+    assert start_and_end(tmp_path, "died", job="8") == ""
+    noted = [s["step"] for s in json.loads((tmp_path / "launch.json").read_text())["starts"]]
+    assert noted == [0, 0, 20, 20, 40, 40, 40]
+
+
+def test_death_after_a_new_checkpoint_is_progress(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for _ in range(2):
+        start_and_end(tmp_path, "died")
+    starts.note_start(tmp_path, "7", ["gpu1"], {})
+    (tmp_path / "checkpoints" / "step-00000010.pt").write_text("")
+    starts.note_end(tmp_path, "died")
+    assert starts.without_progress(tmp_path) == ""
+
+
+def test_node_blamed_twice_is_bad(tmp_path):
+    start_and_end(tmp_path, "died", blamed=["gpu2"])
+    start_and_end(tmp_path, "lost", blamed=["gpu1"])
+    assert starts.bad_nodes(tmp_path) == []
+    start_and_end(tmp_path, "stalled", blamed=["gpu2"])
+    assert starts.bad_nodes(tmp_path) == ["gpu2"]
+
+
+@pytest.mark.parametrize(
+    ("said", "ended"),
+    [
+        (None, "died"),
+        ({"state": "running", "reason": ""}, "died"),
+        ({"state": "requeue", "reason": "SIGUSR2"}, "signal"),
+        ({"state": "requeue", "reason": "another rank is gone; the run continues (Connection reset by peer)"}, "died"),
+        (
+            {"state": "requeue", "reason": "no step finished within train.timeout_seconds=600; rank 3 is behind"},
+            "stalled",
+        ),
+    ],
+)
+def test_why_a_start_ended_is_read_from_the_runs_last_word(said, ended):
+    assert starts.cause(said) == ended
+
+
+def test_variables_that_shape_communication_are_recorded_and_no_others(tmp_path):
+    starts.note_start(tmp_path, "7", ["gpu1"], {"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "ib0", "SECRET": "x"})
+    assert starts.read_starts(tmp_path)[0]["environment"] == {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "INFO"}
 
 
 def test_what_an_earlier_start_left_in_state_json_does_not_count(tmp_path):
     write_state(tmp_path, "failed", 7, "a flat tyre")
     task = Task([], str(tmp_path))
-    task._before = read_state(tmp_path)
+    task._node = Node(str(tmp_path))
     assert task._state()["state"] == "running"
     write_state(tmp_path, "done", 9)
     assert task._state()["state"] == "done"
@@ -195,8 +242,8 @@ def test_descendants_are_found_across_sessions():
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     try:
-        assert _descendants(parent.pid) == [child]
-        assert child in _descendants(os.getpid())
+        assert descendants(parent.pid) == [child]
+        assert child in descendants(os.getpid())
     finally:
         os.kill(child, signal.SIGKILL)
         parent.wait()
@@ -205,7 +252,9 @@ def test_descendants_are_found_across_sessions():
 def test_a_run_that_cannot_start_fails_with_where_to_look(tmp_path):
     """Debug executor: torchrun's worker refuses its options before it has written any state."""
     task = Task(["--no.such", "option"], str(tmp_path), max_restarts=0)
-    with pytest.raises(RunFailed, match="torchrun ended with status 1 before the run started; the job's log says why"):
+    with pytest.raises(
+        RunFailed, match="torchrun ended with status [12] before the run started; the job's log says why"
+    ):
         task()
     assert read_state(tmp_path)["state"] == "failed"
 
@@ -230,7 +279,7 @@ def test_local_executor_goes_on_after_a_signal(tmp_path, options, capsys):
     assert submit.main([*cluster, "--", *options, "--run_dir", str(run), "--train.max_steps", "60"]) == 0
     controller = int(json.loads((run / "job.json").read_text())["job"])
     wait_for(lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 5)
-    (task,) = [pid for pid in _descendants(controller) if b"submitit.core._submit" in command_line(pid)]
+    (task,) = [pid for pid in descendants(controller) if b"submitit.core._submit" in command_line(pid)]
     os.kill(task, signal.SIGUSR2)
     wait_for(lambda: (read_state(run) or {})["state"] in ("done", "failed"))
     assert read_state(run)["state"] == "done"
@@ -247,7 +296,7 @@ def test_task_that_is_killed_leaves_no_process_behind(tmp_path, options):
     code = f"from launch.task import Task; Task({words!r}, {str(run)!r}, ranks_per_node=2)()"
     task = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text())
-    below = _descendants(task.pid)
+    below = descendants(task.pid)
     task.kill()
     task.wait()
     wait_for(lambda: not any(str(run).encode() in command_line(pid) for pid in below))  # a zombie has no command line

@@ -1,8 +1,15 @@
-"""Launching on a real SLURM: wherever `sinfo` answers."""
+"""Launching on a real SLURM: every command of docs/cluster.md, as written but for names and sizes, and what ends a job.
+
+Each test says which lines of the page it runs; the last one holds them against the page. Runs are a small network on real
+speech, 2 nodes x 1 rank where the page has 4 x 8.
+"""
 
 import json
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,47 +17,164 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import status, submit, sweep
+from launch import status, submit
+from launch.jobs import living_owner
 from spknet.train.run_folder import read_state
 from tools import cluster_trials as trials
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEECH = ROOT.parent / "shared" / "speech"
+SANDBOX = ROOT.parent / "shared" / "cluster" / "slurm-sandbox"
 ANSWERS = shutil.which("sinfo") and not subprocess.run(["sinfo", "-h"], capture_output=True).returncode
 
 pytestmark = [
     pytest.mark.skipif(not ANSWERS, reason="no SLURM here: sinfo does not answer"),
     pytest.mark.skipif(not SPEECH.is_dir(), reason="no recordings beside the repository (shared/speech)"),
 ]
-STEPS = 60
+STEPS = 30
+FREE_SECONDS = 30  # from a death to the moment at which the nodes are free
+RUN = set()  # lines of docs/cluster.md that a test has run
+
+
+def page_commands() -> list[str]:
+    """The commands of docs/cluster.md: the lines of its plain code blocks, continued lines joined, comments left out."""
+    parts = re.split(r"^```(.*)\n", (ROOT / "docs" / "cluster.md").read_text(), flags=re.MULTILINE)
+    blocks = [
+        block for kind, block in zip(parts[1::4], parts[2::4]) if not kind
+    ]  # text, kind, block, empty kind of its end, text, ...
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+", " ", re.sub(r"\s+#.*", "", line)).strip() for line in lines if line.strip()]
+
+
+def documented(beginning: str) -> str:
+    """The command of the page that is this one, or begins so; noted as run."""
+    lines = page_commands()
+    (found,) = [beginning] if beginning in lines else [line for line in lines if line.startswith(beginning)]
+    RUN.add(found)
+    return found
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("slurm")
+def checkout(tmp_path_factory) -> Path:
+    """A folder in which the page's commands run as written: the code, data under the page's names, a small recipe."""
+    where = tmp_path_factory.mktemp("slurm")
+    (where / "slurm").symlink_to(ROOT / "slurm")
+    shutil.copy(SPEECH / "train_list.txt", where)
+    trials.few_trials(SPEECH, where).rename(where / "veri_test.txt")
+    options: dict = {}
+    for word in run_words(where / "x", where / "veri_test.txt"):
+        key, value = word.removeprefix("--").split("=", 1)
+        group, _, name = key.rpartition(".")
+        if group and not key.startswith("data.train"):
+            options.setdefault(group, {})[name] = yaml.safe_load(value)
+    options["data"]["train_shards"], options["log"]["tensorboard"] = "data/vox2", False
+    (where / "RECIPE.yaml").write_text(yaml.safe_dump(options))
+    pack = shell(where, documented("job=$(sbatch --parsable --array=0-15 slurm/pack.sbatch") + "; echo $job").strip()
+    merge = shell(where, documented("sbatch --dependency=afterok:$job slurm/pack.sbatch"), job=pack)
+    wait_until_gone(merge.split()[-1])
+    assert (where / "data" / "vox2" / "index" / "index.json").exists(), read_logs(where, pack)
+    return where
+
+
+def read_logs(checkout: Path, job: str) -> str:
+    return "".join(path.read_text() for path in checkout.glob(f"*-{job}*.log"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder) -> Path:
-    """A run of 2 nodes x 1 rank that nothing interrupts, submitted by launch.submit."""
-    words = run_words(folder / "undisturbed")
-    outcome = trials.run_trial("none", ["--hours", "0.5"], None, words, folder / "undisturbed")
-    assert outcome.states == ["COMPLETED"] and outcome.good
-    return folder / "undisturbed"
+def reference(checkout) -> Path:
+    """runs/g: the run that nothing interrupts, two ranks of a torchrun on this machine."""
+    line = documented("torchrun --signals-to-handle").replace(
+        "torchrun ", "python -m torch.distributed.run --nproc-per-node 2 "
+    )
+    shell(checkout, line)
+    assert len(losses(checkout / "runs" / "g")) == STEPS
+    return checkout / "runs" / "g"
 
 
-def run_words(run: Path, steps: int = STEPS) -> list[str]:
-    return trials.words(SPEECH, run, steps, trials.few_trials(SPEECH, run.parent))
+def assert_as_undisturbed(run: Path, reference: Path) -> None:
+    """Every step once with the same loss, and the same bits of network, loss and optimizer at the end."""
+    assert read_state(run)["state"] == "done" and losses(run) == losses(reference)
+    assert trials.equal_weights(run, reference, STEPS)
+
+
+def run_words(run: Path, listed: Path, steps: int = STEPS) -> list[str]:
+    return trials.words(SPEECH, run, steps, listed)
+
+
+# Names and sizes of the page, and what stands for them here.
+HERE = {
+    **{
+        "--nodes 4": "--nodes 2",
+        "--gpus-per-node 8": "",
+        "--gpus-per-node 4": "",
+        "--gpus-per-node 1": "",
+        "--partition gpu": "",
+    },
+    **{
+        "--hours 48": "--hours 0.5",
+        "--hours 72": "--hours 0.4",
+        "--account lab": "",
+        "--slurm qos=high": "--signal-delay 60",
+    },
+    **{
+        "--slurm constraint=a100": "",
+        '"module load cuda"': '"export LOADED=cuda"',
+        "-- --config": "--cpus-per-rank 1 -- --config",
+    },
+    **{"--config fast_resnet34_angleproto": "--config RECIPE", "--config RECIPE": "--config RECIPE.yaml"},
+    **{
+        "--cpus-per-task 48": "--cpus-per-task 1",
+        "--cpus-per-task 24": "--cpus-per-task 1",
+        "--ntasks-per-node 8": "--ntasks-per-node 2",
+    },
+    **{
+        "--cpus-per-task 6": "--cpus-per-task 1",
+        "voxceleb1/test/wav": str(SPEECH),
+        "--root DIR": f"--root {SPEECH}",
+        "LIST": "veri_test.txt",
+    },
+    **{
+        "/local/cache": "cache",
+        "gpu[01-04]": "node[1-2]",
+        "--array=0-15": "--array=0-1",
+        "TASKS=16": "TASKS=2",
+        "--array=3,7": "--array=1",
+    },
+}
+
+
+def shell(checkout: Path, line: str, **changed: str) -> str:
+    """Runs a command of the page in the checkout; what it prints. changed: values of the shell's variables."""
+    for name, here in HERE.items():
+        line = re.sub(
+            rf"(?<![\w.]){re.escape(name)}(?![\w.])" if name[0].isalnum() else re.escape(name),
+            lambda _, here=here: here,
+            line,
+        )
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    spknet = f'spknet() {{ {shlex.quote(sys.executable)} -m spknet.cli "$@"; }}; python() {{ {shlex.quote(sys.executable)} "$@"; }}\n'
+    line = line.replace("$job", changed.get("job", "$job"))
+    done = subprocess.run(["bash", "-c", spknet + line], cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def job_of(run: Path) -> str:
+    return json.loads((run / "job.json").read_text())["job"]
+
+
+def wait_until_gone(job: str, seconds: float = 180) -> None:
+    trials.wait_for(f"the end of job {job}", seconds, lambda: not trials.in_queue(job))
+    # What sacct says lags behind the queue.
+    trials.wait_for("sacct", 30, lambda: trials.lives(job)[-1] not in ("RUNNING", "PENDING", "COMPLETING", "REQUEUED"))
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["accuracy"]) for line in trials.trained(run)]
 
 
-def wait_until_gone(job: str, seconds: float = 180) -> None:
-    trials.wait_for(f"the end of job {job}", seconds, lambda: not trials.in_queue(job))
-    # What sacct says lags behind the queue.
-    trials.wait_for("sacct", 30, lambda: trials.lives(job)[-1] not in ("RUNNING", "PENDING", "COMPLETING"))
+def log_of(run: Path, ending: str = ".err") -> str:
+    return Path(json.loads((run / "job.json").read_text())["log"]).with_suffix(ending).read_text()
 
 
 def submitted(capsys, *words) -> tuple[int, str]:
@@ -58,177 +182,258 @@ def submitted(capsys, *words) -> tuple[int, str]:
 
 
 def test_unknown_partition_is_an_error_naming_those_there_are(tmp_path, capsys):
-    status_, said = submitted(capsys, "--partition", "gpuu", "--", "--run_dir", tmp_path)
+    status_, said = submitted(capsys, "--partition", "gpuu", "--skip-data-check", "--", "--run_dir", tmp_path)
     assert status_ == 2 and "unknown partition gpuu; this cluster has high, low, main" in said
 
 
 def test_slurm_that_does_not_answer_is_an_error_with_its_words(tmp_path, capsys, monkeypatch):
     (tmp_path / "empty.conf").write_text("")
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "empty.conf"))
-    status_, said = submitted(capsys, "--", "--run_dir", tmp_path)
+    status_, said = submitted(capsys, "--skip-data-check", "--", "--run_dir", tmp_path)
     assert status_ == 2 and "SLURM does not answer: " in said and "--executor local" in said
 
 
 def test_what_sbatch_refuses_is_shown(tmp_path, capsys):
-    status_, said = submitted(capsys, "--mem-gb", 9999, "--", "--run_dir", tmp_path)
+    status_, said = submitted(capsys, "--mem-gb", 9999, "--skip-data-check", "--", "--run_dir", tmp_path)
     assert status_ == 2 and "sbatch refused: " in said and "node configuration is not available" in said
 
 
 @pytest.mark.slow
-def test_two_nodes_log_the_losses_of_torchrun_on_one_machine_and_evaluate(folder, undisturbed):
-    run = folder / "torchrun"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*torchrun, "-m", "spknet.train", *run_words(run)], cwd=ROOT, check=True, capture_output=True)
-    assert losses(undisturbed) == losses(run) and len(losses(run)) == STEPS
-    report = json.loads((undisturbed / "eval" / f"step-{STEPS:08d}" / "report.json").read_text())
-    assert report == json.loads((run / "eval" / f"step-{STEPS:08d}" / "report.json").read_text())
-    record = json.loads((undisturbed / "record.json").read_text())
-    assert record["hosts"] == ["node1", "node2"] and record["job"] and record["command"] and record["packages"]["torch"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["signal USR2", "scontrol requeue"])
-def test_interrupted_run_ends_as_if_nothing_had_happened(folder, undisturbed, kind):
-    cluster, interrupt = trials.interruptions(None)[kind]
-    outcome = trials.run_trial(kind, cluster, interrupt, run_words(folder / kind.replace(" ", "-")), undisturbed)
-    assert outcome.states == ["REQUEUED", "COMPLETED"]
-    # Every step done before the signal was saved: the second life begins where the first stopped, not at a multiple of 20.
-    assert outcome.starts[0] == 0 and outcome.starts[1] >= trials.SAVE_EVERY // 2
-    assert outcome.good
-
-
-@pytest.mark.slow
-def test_cancelled_run_has_saved_and_is_not_requeued(folder):
-    run = folder / "cancelled"
-    job = trials.submit_run(run_words(run, steps=10**4), "--hours", "0.5", "--signal-delay", "60")
-    trials.wait_for("training", 180, lambda: trials.last_step(run) >= 5)
-    trials.command("scancel", job)
+def test_run_is_submitted_watched_cancelled_and_continued_and_no_second_one_touches_it(checkout, reference):
+    """First launch, then launch and sbatch: both are refused. Cancelled and submitted again, it ends as if nothing had been."""
+    run = checkout / "runs" / "a"
+    first = documented("spknet submit --nodes 4 --gpus-per-node 8 --partition gpu --hours 48")
+    shell(checkout, first)
+    job = job_of(run)
+    said = refusal(checkout, first)
+    assert f"{run} belongs to job {job} (" in said and re.search(r"\((PENDING|CONFIGURING|RUNNING)\)", said)
+    second = shell(
+        checkout,
+        documented("sbatch --nodes 4 --gpus-per-node 8 --cpus-per-task 48 slurm/train.sbatch").replace(
+            "runs/e", "runs/a"
+        ),
+    )
+    trials.wait_for("training", 180, lambda: trials.last_step(run) >= 8)
+    wait_until_gone(second.split()[-1])
+    assert trials.lives(second.split()[-1]) == ["FAILED"]
+    assert f"belongs to job {job} (RUNNING)" in read_logs(checkout, second.split()[-1])
+    assert read_state(run)["state"] == "running"
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "launch.logs", "runs/a", "--follow"], cwd=checkout, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    RUN.add("spknet logs runs/a --follow")
+    shell(checkout, documented("spknet cancel runs/a"))
     wait_until_gone(job)
     assert trials.lives(job)[-1].startswith("CANCELLED") and len(trials.lives(job)) == 1
-    said = read_state(run)
-    assert said["state"] == "requeue" and (run / "checkpoints" / f"step-{said['step']:08d}.pt").exists()
-    found = status.run_status(run, status.slurm_jobs())
-    assert found.state == "failed" and "CANCELLED" in found.reason
+    found = status.statuses(run)[0]
+    saved = trials.last_step(run)
+    assert found.state == "cancelled" and f"continues it at step {saved}" in found.reason
+    assert follower.wait(60) == 0 and "stopped by" in follower.stdout.read()
+    shell(checkout, documented("spknet resubmit runs/a --hours 72"))
+    assert job_of(run) != job
+    assert "1 done" in shell(checkout, documented("spknet status runs/a --watch").replace("--watch", "--watch 1"))
+    wait_until_gone(job_of(run))
+    assert [s["step"] for s in json.loads((run / "launch.json").read_text())["starts"]] == [0, saved]
+    assert_as_undisturbed(run, reference)
+
+
+def refusal(checkout: Path, line: str) -> str:
+    """What a command that must fail says."""
+    with pytest.raises(AssertionError) as failed:
+        shell(checkout, line)
+    return str(failed.value)
 
 
 @pytest.mark.slow
-def test_sweep_of_four_with_one_failure_runs_only_that_one_again(folder, capsys):
-    """The failing run's list of training files is not there at first."""
-    later = folder / "later.txt"
-    common = [word for word in run_words(folder / "x", steps=10) if not word.startswith("--run_dir")]
-    runs = [{"loss.name": name, "train.seed": seed} for name in ("angleproto", "softmax") for seed in (0, 1)]
-    runs[3]["data.train_list"] = str(later)
-    path = folder / "four.yaml"
-    cluster = {"cpus-per-rank": 1, "hours": 0.5, "signal-delay": 60, "max-restarts": 0}
-    path.write_text(yaml.safe_dump({"runs": runs, "at-once": 2, "cluster": cluster}, sort_keys=False))
-    command = [str(path), "--dir", str(folder / "four"), "--", *common]
-    bad = "loss=softmax,seed=1,train_list=later.txt"
-    good = ["loss=angleproto,seed=0", "loss=angleproto,seed=1", "loss=softmax,seed=0"]
-
-    assert sweep.main(command) == 0
-    assert "4 of 4 runs submitted, 2 at once" in capsys.readouterr().out
-    assert {s.state for s in status.statuses(folder / "four")} <= {"queued", "running"}
-    assert sweep.main(command) == 0
-    assert "nothing to submit" in capsys.readouterr().out  # while they are queued
-    job = json.loads((folder / "four" / bad / "job.json").read_text())["job"]
-    wait_until_gone(job.split("_")[0])
-    found = {s.name: s for s in status.statuses(folder / "four")}
-    assert [found[name].state for name in good] == ["done"] * 3 and found[good[0]].eer is not None
-    assert found[bad].state == "failed" and "later.txt" in found[bad].reason
-    assert "later.txt" in status.last_lines(found[bad].log)
-    trials.wait_for("sacct", 30, lambda: trials.lives(job)[-1] != "RUNNING")
-    assert trials.lives(job) == ["FAILED"]  # and never requeued
-
-    shutil.copy(SPEECH / "train_list.txt", later)
-    capsys.readouterr()
-    assert sweep.main(command) == 0
-    assert "1 of 4 runs submitted" in capsys.readouterr().out
-    wait_until_gone(json.loads((folder / "four" / bad / "job.json").read_text())["job"])
-    assert {s.state for s in status.statuses(folder / "four")} == {"done"}
-
-
-def sbatch(checkout: Path, *words: str) -> str:
-    """Submit from a checkout; the job's id."""
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["sbatch", "--parsable", *words], cwd=checkout, env=environment, capture_output=True, text=True
+def test_sbatch_run_survives_a_signal_and_no_second_one_touches_it(checkout, reference):
+    """First sbatch, then launch and sbatch: both are refused; USR2 is saved, and the end has the undisturbed run's bits."""
+    run = checkout / "runs" / "e"
+    first = documented("sbatch --nodes 4 --gpus-per-node 8 --cpus-per-task 48 slurm/train.sbatch")
+    job = shell(checkout, first).split()[-1]
+    submit_it = documented("spknet submit --nodes 4 --gpus-per-node 8 --partition gpu --hours 48").replace(
+        "runs/a", "runs/e"
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def log_of(checkout: Path, job: str) -> str:
-    return "".join(path.read_text() for path in checkout.glob(f"*-{job}*.log"))
-
-
-@pytest.fixture(scope="module")
-def checkout(folder) -> Path:
-    """A clean checkout of what is committed, with a small list and packed shards, all made through the sbatch files."""
-    where = folder / "checkout"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(where)], check=True)
-    lines = (SPEECH / "train_list.txt").read_text().splitlines(keepends=True)
-    (where / "list.txt").write_text("".join(lines[:120]))
-    words = [
-        "slurm/pack.sbatch",
-        "--list",
-        "list.txt",
-        "--root",
-        str(SPEECH),
-        "--out",
-        "shards-120",
-        "--shard-bytes",
-        "3000000",
-    ]
-    job = sbatch(where, "--array=0-1", "--cpus-per-task=1", *words)
-    merge = sbatch(where, f"--dependency=afterok:{job}", "slurm/pack.sbatch", "--out", "shards-120", "--merge")
-    wait_until_gone(merge)
-    assert (where / "shards-120" / "index" / "index.json").exists(), log_of(where, job) + log_of(where, merge)
-    return where
-
-
-@pytest.mark.slow
-def test_pack_and_stage_sbatch_run_from_a_clean_checkout(checkout):
-    meta = json.loads((checkout / "shards-120" / "index" / "index.json").read_text())
-    assert sum(entry["nsamples"] for entry in meta["shardlist"]) == 120 and len(meta["shardlist"]) > 1
-    job = sbatch(checkout, "--nodes=2", "--cpus-per-task=1", "slurm/stage.sbatch", "shards-120", "cache")
-    wait_until_gone(job)
-    assert trials.lives(job) == ["COMPLETED"], log_of(checkout, job)
-    assert len(list((checkout / "cache").rglob("*.tar"))) == len(meta["shardlist"])
-
-
-@pytest.mark.slow
-def test_train_sbatch_survives_a_signal_and_evaluate_sbatch_reads_its_run(checkout, undisturbed):
-    run = checkout / "runs" / "a"
-    job = sbatch(checkout, "--nodes=2", "--cpus-per-task=1", "slurm/train.sbatch", *run_words(run))
-    trials.wait_for("training", 180, lambda: trials.last_step(run) >= 10)
+    assert f"belongs to job {job} (" in refusal(checkout, submit_it)  # queued, or running for a moment
+    trials.wait_for("training", 180, lambda: trials.last_step(run) >= 8)
+    second = shell(checkout, first).split()[-1]
+    wait_until_gone(second)
+    assert f"belongs to job {job} (RUNNING)" in read_logs(checkout, second)
     trials.command("scancel", "--signal=USR2", job)
     wait_until_gone(job)
-    assert trials.lives(job) == ["REQUEUED", "COMPLETED"], log_of(checkout, job)
-    assert read_state(run)["state"] == "done" and losses(run) == losses(undisturbed)
-    assert trials.equal_weights(run, undisturbed, STEPS)
-    listed = ["--trials", str(trials.few_trials(SPEECH, run.parent)), "--root", str(SPEECH), "--out", "out"]
-    words = ["--checkpoint", "runs/a", "--crop_seconds", "0.5", "--threads", "1", "--no_pictures", *listed]
-    job = sbatch(checkout, "--nodes=2", "--cpus-per-task=1", "slurm/evaluate.sbatch", *words)
+    assert trials.lives(job) == ["REQUEUED", "COMPLETED"], read_logs(checkout, job)
+    assert_as_undisturbed(run, reference)
+    assert json.loads((run / "launch.json").read_text())["starts"][0]["ended"] == "signal"
+    job = shell(
+        checkout,
+        documented("sbatch --gpus-per-node 8 --cpus-per-task 24 slurm/evaluate.sbatch") + " --out out --no_pictures",
+    ).split()[-1]
     wait_until_gone(job)
-    scores = (checkout / "out" / "scores.txt").read_bytes()
-    assert scores == (undisturbed / "eval" / f"step-{STEPS:08d}" / "scores.txt").read_bytes(), log_of(checkout, job)
+    assert trials.lives(job) == ["COMPLETED"] and (checkout / "out" / "report.json").exists(), read_logs(checkout, job)
 
 
 @pytest.mark.slow
-def test_srun_with_one_task_a_rank_is_the_same_run(checkout, undisturbed):
-    run = checkout / "runs" / "srun"
-    job = sbatch(checkout, "--ntasks-per-node=2", "--cpus-per-task=1", "slurm/train.sbatch", *run_words(run, steps=10))
+@pytest.mark.skipif(
+    not SANDBOX.exists(), reason="only where the nodes' processes are at hand: shared/cluster/slurm-sandbox"
+)
+def test_killed_torchrun_frees_the_nodes_at_once_and_shards_are_staged_at_each_start(checkout, reference):
+    run = checkout / "runs" / "d"
+    shell(checkout, documented("spknet submit --nodes 4 --gpus-per-node 8 --stage /local/cache"))
+    job = job_of(run)
+    trials.wait_for("training", 180, lambda: trials.last_step(run) >= trials.SAVE_EVERY)
+    seconds = trials.kill_part("torchrun", 1)(job)
+    assert seconds < FREE_SECONDS
     wait_until_gone(job)
-    assert trials.lives(job) == ["COMPLETED"], log_of(checkout, job)
-    assert losses(run) == losses(undisturbed)[:10]
+    assert trials.lives(job) == ["REQUEUED", "COMPLETED"]
+    started = json.loads((run / "launch.json").read_text())["starts"]
+    assert [s["step"] for s in started] == [0, trials.SAVE_EVERY] and started[0]["ended"] == "died"
+    assert log_of(run, ".out").count("cache: ") == 2  # shards.stage's last line, once a start
+    assert_as_undisturbed(run, reference)
 
 
 @pytest.mark.slow
-def test_train_sbatch_does_not_requeue_a_run_that_failed(checkout):
-    run = checkout / "runs" / "bad"
-    job = sbatch(
-        checkout, "--cpus-per-task=1", "slurm/train.sbatch", *run_words(run), "--data.train_list=no_such_list.txt"
+def test_setup_dependency_and_a_following_evaluation(checkout, reference):
+    earlier = trials.command("sbatch", "--parsable", "--output=/dev/null", "--wrap=true")
+    line = documented("spknet submit --gpus-per-node 4 --setup").replace("812", earlier)
+    shell(checkout, line + " --train.max_steps 4")
+    line = documented("spknet submit --gpus-per-node 8 --evaluate").replace("--root", "--no_pictures --root")
+    said = shell(checkout, line + " --train.max_steps 4")
+    evaluation = re.search(r"then its evaluation: (\d+)", said)[1]
+    wait_until_gone(job_of(checkout / "runs" / "b"))
+    shown = trials.command("scontrol", "show", "job", job_of(checkout / "runs" / "b"))
+    assert "MailUser=me@site.org" in shown and "MailType=" in shown
+    assert (
+        "export LOADED=cuda"
+        in (checkout / "runs" / "b").joinpath("jobs").glob("*/*_submission.sh").__next__().read_text()
     )
+    wait_until_gone(evaluation)
+    assert trials.lives(evaluation) == ["COMPLETED"]
+    report = json.loads((checkout / "runs" / "c" / "evaluation" / "report.json").read_text())
+    assert report["checkpoint"]["step"] == 4 if "checkpoint" in report else report
+
+
+@pytest.mark.slow
+def test_srun_with_one_task_a_rank_is_the_same_run(checkout, reference):
+    shell(
+        checkout,
+        documented("srun --nodes 4 --ntasks-per-node 8").replace("--nodes 4", "--nodes 1") + " --train.max_steps 10",
+    )
+    assert losses(checkout / "runs" / "f") == losses(reference)[:10]
+
+
+@pytest.mark.slow
+def test_shares_of_a_pack_are_run_again_shards_staged_and_errors_never_requeued(checkout):
+    job = shell(checkout, documented("TASKS=16 sbatch")).split()[-1]
     wait_until_gone(job)
-    assert trials.lives(job) == ["FAILED"] and "is 'failed'" in log_of(checkout, job)
-    assert "no_such_list.txt" in read_state(run)["reason"]
+    assert trials.lives(job) == ["COMPLETED"], read_logs(checkout, job)
+    refused = shell(checkout, documented("TASKS=16 sbatch").replace("TASKS=16 ", "")).split()[-1]
+    line = documented("sbatch --nodes 4 --gpus-per-node 8 --cpus-per-task 48 slurm/train.sbatch").replace(
+        "runs/e", "runs/bad"
+    )
+    bad = shell(checkout, line.replace("--nodes 4", "--nodes 1") + " --data.train_shards data/none").split()[-1]
+    job = shell(
+        checkout,
+        documented("sbatch --nodelist 'gpu[01-04]'")
+        .replace("slurm/stage", "--cpus-per-task 1 slurm/stage")
+        .replace("/local/cache", "staged"),
+    ).split()[-1]
+    wait_until_gone(refused)
+    assert "to run some shares again give TASKS=n" in read_logs(checkout, refused)
+    wait_until_gone(job)
+    assert trials.lives(job) == ["COMPLETED"] and list((checkout / "staged").rglob("*.tar")), read_logs(checkout, job)
+    wait_until_gone(bad)  # an error of the run: failed, with its reason, and never requeued
+    assert trials.lives(bad) == ["FAILED"] and "data/none" in read_state(checkout / "runs" / "bad")["reason"]
+
+
+@pytest.mark.slow
+def test_sweep_of_twelve_with_every_kind_of_end(checkout, monkeypatch):
+    """Some done, one failing, one killed as for memory, the rest cancelled: only these are submitted again."""
+    text = re.search(r"```yaml\n(# my_sweep.yaml.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)[1]
+    for name, here in {
+        **{
+            "recipe: fast_resnet34_angleproto": "recipe: RECIPE.yaml",
+            "voxceleb1/test/wav": f"{SPEECH}, train.max_steps: 3",
+        },
+        **{
+            "gpus-per-node: 1, hours: 24, partition: gpu": "hours: 0.2, signal-delay: 60, cpus-per-rank: 1, max-restarts: 0"
+        },
+    }.items():
+        assert name in text
+        text = text.replace(name, here)
+    (checkout / "my_sweep.yaml").write_text(text)
+    folder = checkout / "runs" / "my_sweep"
+    assert shell(checkout, documented("spknet sweep my_sweep.yaml --dry-run")).count("missing  submit") == 12
+    failing, killed = "loss=angleproto,M=2,lr=0.001,seed=0", "loss=angleproto,M=2,lr=0.001,seed=1"
+    (folder / failing / "metrics.jsonl").mkdir(parents=True)
+    shell(checkout, documented("spknet sweep my_sweep.yaml"))
+    number = job_of(folder / failing).split("_")[0]
+    trials.wait_for("the second run", 120, lambda: living_owner(folder / killed))
+    os.kill(living_owner(folder / killed)["pid"], signal.SIGKILL)
+    ended = lambda state: [s.name for s in status.statuses(folder) if s.state == state]  # noqa: E731
+    trials.wait_for("some that are done", 120, lambda: len(ended("done")) >= 2 and failing in ended("failed"))
+    shell(checkout, documented("spknet cancel runs/my_sweep"))
+    wait_until_gone(number)
+    states = {s.name: s for s in status.statuses(folder)}
+    done = ended("done")
+    assert states[failing].state == "failed" and "metrics.jsonl" in states[failing].reason
+    assert {s.state for s in states.values()} <= {"done", "failed", "cancelled"} and len(states) == 12
+    (folder / failing / "metrics.jsonl").rmdir()
+    said = shell(checkout, documented("spknet sweep my_sweep.yaml --runs-per-job 4"))
+    assert f"{12 - len(done)} of 12 runs submitted" in said
+    assert "Packed" not in said and "nothing to submit" in shell(
+        checkout, documented("spknet sweep my_sweep.yaml --runs-per-job 4")
+    )
+    wait_until_gone(job_of(folder / failing).split("_")[0])
+    assert len(ended("done")) == 12
+    shutil.rmtree(folder / killed)
+    assert "1 of 12 runs submitted" in shell(checkout, documented("spknet resubmit runs/my_sweep"))
+    wait_until_gone(job_of(folder / killed))
+    shutil.rmtree(folder / failing)
+    assert "1 of 12 runs submitted" in shell(checkout, documented("spknet sweep my_sweep.yaml --executor local"))
+    trials.wait_for("the run on this machine", 120, lambda: len(ended("done")) == 12)
+    assert "12 done" in shell(checkout, documented("spknet status runs/my_sweep"))
+    table = shell(checkout, documented("spknet results runs/my_sweep"))
+    assert len([line for line in table.splitlines() if "| 3 |" in line]) == 4  # settings, three seeds each
+    eers = [json.loads(line)["eval"]["eer"] for s in range(3)
+            for line in (folder / f"loss=softmax,M=1,lr=0.0003,seed={s}" / "metrics.jsonl").read_text().splitlines()
+            if "eval" in line]  # fmt: skip
+    assert f"| softmax | 1 | 0.0003 | 3 | {sum(eers) / 3:.4g} |" in table
+
+
+@pytest.mark.slow
+def test_node_on_which_a_rank_died_twice_is_left_out_and_named(checkout):
+    run = checkout / "runs" / "h"
+    words = [*run_words(run, checkout / "veri_test.txt", steps=12), "--train.save_every_steps=0", f"--run_dir={run}"]
+    job = trials.submit_run(words, "--nodes", "1", "--hours", "0.5", "--signal-delay", "60", "--max-restarts", "0")
+    for life in (1, 2):
+        trials.wait_for(
+            f"step of life {life}", 120, lambda n=life: len(starts_of(run)) == n and trials.last_step(run) >= 1
+        )
+        os.kill(living_owner(run)["pid"], signal.SIGKILL)
+        trials.wait_for("the requeue", 60, lambda: not trials.on_its_nodes(job))
+        (run / "metrics.jsonl").unlink()
+    wait_until_gone(job)
+    first, second, third = (start["nodes"] for start in starts_of(run))
+    assert first == second != third and read_state(run)["state"] == "done"
+    assert f"leaves out {first[0]}: blamed for two ends of this run" in log_of(run)
+
+
+def starts_of(run: Path) -> list[dict]:
+    return json.loads((run / "launch.json").read_text())["starts"] if (run / "launch.json").exists() else []
+
+
+def test_installed_sweep_of_the_page_is_accepted(checkout):
+    line = documented("spknet sweep paper_grid").replace("--gpus-per-node 1", "--dry-run --skip-data-check")
+    assert "63 of 63 runs would be submitted" in shell(checkout, line)
+
+
+@pytest.mark.slow
+def test_trials_of_the_page_print_their_table(checkout, tmp_path):
+    line = documented("python -m tools.cluster_trials").replace("--out trials", f"--out {tmp_path}/trials --only none")
+    line = line.replace("../shared", str(SPEECH.parent)).replace("--steps 80", "--steps 5")
+    assert "| none | COMPLETED | 0 | done | yes | equal | equal |" in shell(checkout, line)
+
+
+@pytest.mark.slow
+def test_every_command_of_the_page_is_run_above():
+    assert [line for line in page_commands() if line not in RUN] == []

@@ -12,8 +12,10 @@ import yaml
 
 from launch import results, status, sweep
 from launch.submit import SubmitError
+from spknet.errors import run
 from spknet.train.run_folder import write_state
 
+HERE = ["--executor", "local", "--skip-data-check"]
 GRID = {
     "recipe": "fast_resnet34_angleproto",
     "grid": {
@@ -77,17 +79,17 @@ def test_listed_runs_get_the_grid_and_constant_options_are_not_named():
 
 def test_recipes_as_axes_come_before_every_other_option():
     grid = {"train.seed": [1], "recipe.network": ["vgg_m_40"], "recipe.loss": ["loss_ge2e"]}
-    (run,) = sweep.plan({"recipe": "base", "grid": grid, "options": {"train.epochs": 2}}, [])
-    assert run.name == "seed=1,network=vgg_m_40,loss=loss_ge2e"
+    (one,) = sweep.plan({"recipe": "base", "grid": grid, "options": {"train.epochs": 2}}, [])
+    assert one.name == "seed=1,network=vgg_m_40,loss=loss_ge2e"
     recipes = ["--config=base", "--config=vgg_m_40", "--config=loss_ge2e"]
-    assert run.words == [*recipes, "--train.epochs=2", "--train.seed=1"]
+    assert one.words == [*recipes, "--train.epochs=2", "--train.seed=1"]
 
 
 def test_values_of_any_type_reach_the_command_line():
-    (run,) = sweep.plan(
+    (one,) = sweep.plan(
         {"runs": [{"train.compile": True, "data.train_shards": ["a/x", "b/y"], "eval.trials": None}]}, []
     )
-    assert run.words == ["--train.compile=true", '--data.train_shards=["a/x", "b/y"]', "--eval.trials=null"]
+    assert one.words == ["--train.compile=true", '--data.train_shards=["a/x", "b/y"]', "--eval.trials=null"]
 
 
 def test_runs_that_no_name_tells_apart_are_an_error():
@@ -106,7 +108,7 @@ def test_runs_that_no_name_tells_apart_are_an_error():
 )
 def test_mistakes_in_a_sweep_file_are_named(tmp_path, capsys, content, said):
     path = sweep_file(tmp_path, content)
-    assert sweep.main([str(path), "--dir", str(tmp_path / "out"), "--executor", "local"]) == 2
+    assert sweep.main([str(path), "--dir", str(tmp_path / "out"), *HERE]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -114,23 +116,25 @@ def test_mistakes_in_a_sweep_file_are_named(tmp_path, capsys, content, said):
 @pytest.mark.parametrize(
     ("cluster", "said"),
     [
-        ({"nods-per-rank": 2}, "unrecognized arguments: --nods-per-rank=2"),
+        ({"nods-per-rank": 2}, "my.yaml, cluster: unknown option 'nods-per-rank'; expected executor, nodes"),
         ({"executor": "slrum"}, "invalid choice: 'slrum'"),
     ],
 )
 def test_mistakes_in_the_cluster_options_of_a_sweep_are_named(tmp_path, capsys, cluster, said):
     path = sweep_file(tmp_path, {"grid": {"train.seed": [3]}, "cluster": cluster})
-    with pytest.raises(SystemExit):
-        sweep.main([str(path)])
+    try:
+        assert sweep.main([str(path)]) == 2
+    except SystemExit as left:
+        assert left.code == 2
     assert said in capsys.readouterr().err
 
 
 def test_command_line_beats_the_cluster_options_of_a_sweep(tmp_path, capsys):
     path = sweep_file(tmp_path, {**GRID, "cluster": {"nodes": 3, "slurm": ["qos=a", "nice=1"]}, "at-once": 2})
-    words = [str(path), "--dir", str(tmp_path / "out"), "--dry-run"]
-    assert sweep.main(words) == 2  # 200 speakers on 3 ranks
-    assert "not divisible by 3 ranks" in capsys.readouterr().err
-    assert sweep.main([*words, "--nodes", "2", "--at-once", "5"]) == 0
+    words = [str(path), "--dir", str(tmp_path / "out"), "--dry-run", *HERE]
+    assert sweep.main(words) == 2
+    assert "--executor local has one node, not 3" in capsys.readouterr().err
+    assert sweep.main([*words, "--nodes", "1", "--at-once", "5"]) == 0
     assert "5 at once" in capsys.readouterr().out
 
 
@@ -141,7 +145,7 @@ def test_unknown_sweep_names_those_installed(capsys):
 
 def test_dry_run_says_what_would_be_submitted_and_writes_nothing(tmp_path, capsys):
     path = sweep_file(tmp_path, {**GRID, "at-once": 3})
-    assert sweep.main([str(path), "--dir", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert sweep.main([str(path), "--dir", str(tmp_path / "out"), "--dry-run", *HERE]) == 0
     said = capsys.readouterr().out
     assert "4 of 4 runs would be submitted, 3 at once" in said and "--loss.name=angleproto --train.seed=0" in said
     assert not (tmp_path / "out").exists()
@@ -153,7 +157,7 @@ def test_only_missing_and_failed_runs_would_be_submitted_again(tmp_path, capsys)
     write_run(out / "loss=angleproto,seed=1", "failed", [100], reason="a flat tyre")
     write_run(out / "loss=ge2e,M=3,seed=0", "running", [100])
     note_job(out / "loss=ge2e,M=3,seed=0", job=str(os.getpid()), executor="local", age=60)
-    assert sweep.main([str(sweep_file(tmp_path, GRID)), "--dir", str(out), "--dry-run"]) == 0
+    assert sweep.main([str(sweep_file(tmp_path, GRID)), "--dir", str(out), "--dry-run", *HERE]) == 0
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if "seed=" in line}
     assert lines["loss=angleproto,seed=0"] == ["done"]
     assert lines["loss=angleproto,seed=1"] == ["failed", "submit"]
@@ -168,8 +172,8 @@ def test_installed_sweep_of_the_paper_fits_the_options(tmp_path):
     assert seeds == 3 and len(runs) == 3 * len(content["grid"]["recipe.loss"]) * seeds
     from spknet.options import parse
 
-    for run in runs[::seeds]:
-        parse(run.words)
+    for one in runs[::seeds]:
+        parse(one.words)
 
 
 @pytest.mark.slow
@@ -223,17 +227,96 @@ def test_job_that_ended_without_a_word_is_a_failure_that_says_so(tmp_path):
     write_run(tmp_path, "running", [50])
     note_job(tmp_path, "4194304", executor="local", age=60)  # above the largest pid
     found = status.run_status(tmp_path, {})
-    assert (
-        found.state == "failed"
-        and "job 4194304 ended (gone) at step 50; submitting it again continues it" in found.reason
-    )
+    # No checkpoint was written: it would begin anew, whatever step it had reached.
+    said = f"job 4194304 ended (gone); `spknet resubmit {tmp_path}` continues it at step 0"
+    assert found.state == "failed" and found.reason == said
 
 
 def test_run_without_a_launcher_lives_while_its_lock_is_fresh(tmp_path):
     write_run(tmp_path, "running", [50])
-    assert "no sign of life at step 50" in status.run_status(tmp_path, None).reason
+    assert "no sign of life; the same command continues it at step 0" in status.run_status(tmp_path, None).reason
     (tmp_path / "lock").write_text("{}")
     assert status.run_status(tmp_path, None).state == "running"
+
+
+@pytest.mark.parametrize(
+    ("word", "expected", "reason"),
+    [
+        ("CANCELLED by 1000|", "cancelled", "job 12_3 was cancelled"),
+        ("FAILED|exit code 1:0", "failed", "job 12_3 ended (FAILED, exit code 1:0)"),
+        ("OUT_OF_MEMORY|exit code 0:125", "failed", "ended (OUT_OF_MEMORY, exit code 0:125)"),
+        ("TIMEOUT|", "failed", "ended (TIMEOUT)"),
+        ("NODE_FAIL|", "failed", "ended (NODE_FAIL)"),
+    ],
+)
+def test_ends_are_told_apart_by_slurms_own_word(tmp_path, word, expected, reason):
+    write_run(tmp_path, "requeue", [50], reason="SIGTERM")
+    note_job(tmp_path, "12_3", age=60)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000040.pt").write_text("")
+    found = status.run_status(tmp_path, {"12_3": word})
+    assert found.state == expected and reason in found.reason
+    assert found.reason.endswith(f"`spknet resubmit {tmp_path}` continues it at step 40")  # of the checkpoint, not 50
+
+
+def test_rank_killed_by_the_kernel_is_named_with_its_signal(tmp_path):
+    write_run(tmp_path, "running", [50])
+    log = tmp_path / "log.err"
+    log.write_text("  exitcode  : -9 (pid: 77)\n")
+    note_job(tmp_path, "12", log=log, age=60)
+    assert (
+        "a rank was killed by signal 9 (often: out of memory)" in status.run_status(tmp_path, {"12": "FAILED|"}).reason
+    )
+
+
+def test_living_run_whose_controller_is_gone_is_running(tmp_path):
+    write_run(tmp_path, "running", [50])
+    note_job(tmp_path, "4194304", executor="local", age=60)
+    (tmp_path / "lock").write_text("{}")
+    assert status.run_status(tmp_path, None).state == "running"
+
+
+def test_job_that_has_not_reached_the_accounting_yet_is_queued(tmp_path):
+    note_job(tmp_path, "12")
+    assert status.run_status(tmp_path, {}).state == "queued"
+    note_job(tmp_path, "12", age=60)
+    assert status.run_status(tmp_path, {}).state == "failed"
+
+
+def test_run_started_by_hand_and_stopped_is_cancelled_and_watching_it_ends(tmp_path, capsys):
+    write_run(tmp_path / "a", "requeue", [50], reason="SIGINT")
+    assert status.main([str(tmp_path / "a"), "--watch", "0.1"]) == 0
+    assert "stopped by SIGINT; the same command continues it at step 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '"done"'])
+def test_damaged_files_of_a_run_are_no_traceback(tmp_path, content):
+    write_run(tmp_path, "running", [50])
+    for name in ("state.json", "config.yaml", "launch.json"):
+        (tmp_path / name).write_text(content)
+    found = status.run_status(tmp_path, None)
+    assert found.state == "failed" and found.reason == "state.json cannot be read" and found.step == 50
+    (tmp_path / "job.json").write_text(content)
+    assert status.run_status(tmp_path, None).state == "failed"
+
+
+def test_runs_made_by_hand_have_status_and_results(tmp_path, capsys):
+    for name, rate in (("a", 0.1), ("b", 0.01)):
+        write_run(tmp_path / name, "done", [200], {"eer": 100 * rate})
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        config |= {"optim": {"lr": rate, "name": "adam"}, "run_dir": name}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+    assert [s.name for s in status.statuses(tmp_path)] == ["a", "b"]
+    assert results.main([str(tmp_path), "--format", "csv", "--metrics", "eer"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["lr,runs,eer,sd", "0.1,1,10,", "0.01,1,1,"]
+    assert results.main([str(tmp_path / "a"), "--format", "csv", "--metrics", "eer"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["runs,eer,sd", "1,10,"]
+
+
+def test_dry_run_quotes_words_with_spaces(tmp_path, capsys):
+    path = sweep_file(tmp_path, {"runs": [{"data.train_shards": ["a b/x", "c"]}]})
+    assert sweep.main([str(path), "--dir", str(tmp_path / "out"), "--dry-run", *HERE]) == 0
+    assert """python -m spknet.train '--data.train_shards=["a b/x", "c"]'""" in capsys.readouterr().out
 
 
 def test_table_shows_step_speed_time_left_and_newest_eer(tmp_path):
@@ -261,7 +344,7 @@ def test_failed_run_shows_its_reason_and_the_end_of_its_own_log(tmp_path, capsys
 
 
 def test_folder_without_runs_is_an_error(tmp_path, capsys):
-    assert status.main([str(tmp_path)]) == 2
+    assert run(status.main, [str(tmp_path)]) == 2
     assert "is neither a sweep (no sweep.json) nor a run" in capsys.readouterr().err
 
 
@@ -333,8 +416,8 @@ def test_tensorboard_finds_options_and_figures_of_every_run(tmp_path):
 
 
 def test_results_of_what_is_no_sweep_or_has_none_yet(tmp_path, capsys):
-    assert results.main([str(tmp_path)]) == 2
-    assert "is not a sweep's folder" in capsys.readouterr().err
+    assert run(results.main, [str(tmp_path)]) == 2
+    assert "is neither a sweep (no sweep.json) nor a run" in capsys.readouterr().err
     write_sweep(tmp_path, {"a": {}})
     assert results.main([str(tmp_path)]) == 1
     assert "no run has finished with an evaluation yet" in capsys.readouterr().err

@@ -295,15 +295,6 @@ def test_info_prints_parameters_and_multiply_adds(capsys):
 
 
 @pytest.mark.slow
-def test_info_lists_every_network(capsys):
-    assert info.main(["--seconds", "0.5"]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
-    listed = {(line.split()[0], line.split()[1]): line.split()[3] for line in lines}
-    assert listed["RawNet3", "ECA"] == "16,280,322" and listed["ResNetSE34V2", "ASP"] == "8,028,492"
-    assert {name for name, _ in listed} == set(MODELS) - {"VGGVox40"}
-
-
-@pytest.mark.slow
 def test_compiled_channels_last_gives_the_same_embeddings():
     waves = torch.randn(2, 8000) * 0.1
     model = build_model(ModelConfig(width=0.5)).eval()
@@ -326,4 +317,4 @@ def test_recipes_of_the_papers_grid_build():
             assert c.data.crop_seconds == 2.015 and c.eval.crop_seconds == 4.015  # 200 and 400 frames
             build_loss(c.loss, c.model.embedding_size, 10, c.data.utterances_per_speaker)
     balanced = parse(["--config", "balanced"])
-    assert (balanced.data.speakers_per_batch, balanced.data.utterances_per_speaker) == (400, 2)
+    assert (balanced.data.speakers_per_batch, balanced.data.utterances_per_speaker) == (384, 2)

@@ -75,21 +75,23 @@ def test_augmentation_is_the_same_on_1_and_2_ranks(options, noise_and_rir, tmp_p
 
 def gradients(rank, world, words, chunk):
     """Gradient of the first step's global loss, network frozen in its statistics, with or without chunks."""
-    from spknet.data.batches import loader
+    from spknet.data.batches import Batches
     from spknet.options import parse
-    from spknet.parallel import ranks as distributed
+    from spknet.parallel.ranks import here
     from spknet.train.step import prepare, step_at_once, step_in_chunks
     from spknet.train.trainer import Trainer
 
     c = parse(words)
-    me = distributed.Ranks(rank, world, rank, world)
+    me = here()
     trainer = Trainer(c, me)
     trainer.task.eval()  # BatchNorm frozen: then chunks are exact
-    inputs = prepare(next(iter(loader(c, trainer.corpus, me, 0, 1))), trainer.samples, trainer.dtype, me.device)
+    with Batches(c, trainer.corpus, me, 0, 1) as batches:
+        inputs = prepare(next(batches), trainer.samples, trainer.dtype, me.device)
+    trainer.gradients.clear()
     if chunk:
-        loss, _ = step_in_chunks(trainer.task, inputs, lambda x: x, chunk, me)
+        loss, _ = step_in_chunks(trainer.task, inputs, lambda x: x, trainer.gradients, chunk)
     else:
-        loss, _ = step_at_once(trainer.parallel, inputs, lambda x: x)
+        loss, _ = step_at_once(trainer.task, inputs, lambda x: x, trainer.gradients)
     return float(loss), {name: p.grad.numpy() for name, p in trainer.task.named_parameters()}
 
 

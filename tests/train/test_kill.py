@@ -90,6 +90,17 @@ def test_sigkill_at_random_moments_continues_to_the_same_bits(options, tmp_path)
     assert not [p.name for p in (folder / "checkpoints").iterdir() if not p.name.endswith(".pt")]
 
 
+@pytest.mark.parametrize(
+    "world", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4]
+)
+def test_a_run_goes_on_to_the_same_bits_on_any_number_of_ranks(world, options, tmp_path):
+    words = [*options, "--train.precision", "float32", "--data.speakers_per_batch", "12", "--loss.name", "aamsoftmax"]
+    train(world, [*words, "--train.max_steps", "9", "--run_dir", str(tmp_path / "whole")])
+    for steps in ("1", "4", "9"):
+        train(world, [*words, "--train.max_steps", steps, "--run_dir", str(tmp_path / "parts")])
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", 9)
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(options, tmp_path, capfd):
     words = [*options, "--train.save_every_steps", "4", "--run_dir", str(tmp_path / "a")]
     train(1, [*words, "--train.max_steps", "8"])

@@ -1,58 +1,40 @@
-"""Owner, state and signals of a run folder; metrics that are cut on resume."""
+"""Owner, state and record of a run folder; what a refused start leaves untouched."""
 
 import json
 import os
-import signal
+import shutil
 import socket
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
+import yaml
 
 from spknet.train import run_folder as run
-from spknet.train.metrics_log import MetricsLog, read_metrics
-from spknet.train.run_folder import RunError, StopSignals, owned, read_state, write_state
+from spknet.train.lock import RunError, hold
+from spknet.train.run_folder import begin, carries_on, read_state, refuse, set_aside, write_state
+from tests.train.full_disk import on_a_small_disk
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_second_run_stops_and_names_the_owner(tmp_path):
-    script = "import sys, time\nfrom spknet.train.run_folder import owned\nwith owned(sys.argv[1]):\n print('held', flush=True); time.sleep(60)"
+    script = "import sys, time\nfrom spknet.train.lock import hold\nwith hold(sys.argv[1]):\n print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
         with (
             pytest.raises(RunError, match=rf"belongs to a run on {socket.gethostname()} \(pid {other.pid}"),
-            owned(tmp_path),
+            hold(tmp_path),
         ):
             pass
     finally:
         other.kill()
         other.wait()
-    with owned(tmp_path):  # its death frees the folder at once
+    with hold(tmp_path):  # its death frees the folder at once
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "lock").exists()
-
-
-def lock_of(tmp_path, age, **owner):
-    lock = tmp_path / "lock"
-    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "1", "job": None} | owner))
-    os.utime(lock, (time.time() - age, time.time() - age))
-
-
-def test_an_owner_on_another_machine_is_believed_while_its_heart_beats(tmp_path):
-    lock_of(tmp_path, age=5)
-    with pytest.raises(RunError, match="belongs to a run on elsewhere"), owned(tmp_path):
-        pass
-    lock_of(tmp_path, age=run.STALE_SECONDS + 1)
-    with owned(tmp_path):
-        pass
-
-
-def test_a_requeued_job_takes_its_own_lock_back_at_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    lock_of(tmp_path, age=1, job="77")
-    with owned(tmp_path):
-        pass
 
 
 def test_state_is_replaced_whole(tmp_path):
@@ -63,65 +45,185 @@ def test_state_is_replaced_whole(tmp_path):
     assert (state["state"], state["step"], state["reason"]) == ("failed", 4, "why")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
-def test_signals_are_remembered_once(name):
-    before = signal.getsignal(getattr(signal, name))
-    with StopSignals() as stop:
-        os.kill(os.getpid(), getattr(signal, name))
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received == name
-    assert signal.getsignal(getattr(signal, name)) is before
-
-
-def test_a_second_interrupt_leaves_at_once_but_not_the_echo_of_the_first():
-    script = (
-        "import time\nfrom spknet.train.run_folder import StopSignals\n"
-        "with StopSignals() as s:\n print('ready', flush=True)\n"
-        " while s.received is None: time.sleep(0.01)\n print('asked', flush=True)\n time.sleep(60)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGINT)
-    assert child.stdout.readline() == "asked\n"
-    child.send_signal(signal.SIGINT)
-    time.sleep(1.1)
-    assert child.poll() is None
-    child.send_signal(signal.SIGINT)
-    assert child.wait(10) == 130
-
-
-def test_metrics_beyond_the_step_and_a_torn_line_are_cut(tmp_path):
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
-    for step in (1, 2, 3):
-        log.write({"step": step, "loss": step / 8})
-    log.write({"step": 2, "eval": {"eer": 5.0}})
-    log.close()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
-    log = MetricsLog(tmp_path, 2, tensorboard=False)
-    assert log.has_evaluation(2) and not log.has_evaluation(1)
-    log.write({"step": 3, "loss": 9.0})
-    log.close()
-    lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 2, 3] and lines[-1]["loss"] == 9.0
-
-
-def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = MetricsLog(tmp_path, 0, tensorboard=True)
-    for step in (1, 2, 3, 4):
-        log.write({"step": step, "loss": float(step)})
-    log.close()
-    time.sleep(1.1)  # event files are named by the second
-    log = MetricsLog(tmp_path, 2, tensorboard=True)
-    log.write({"step": 3, "loss": 30.0})
-    log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-
-
 def test_the_record_names_revision_command_and_versions():
     record = run.record(["CPU"], ["host"])
     assert record["hosts"] == ["host"] and record["packages"]["torch"] and record["command"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[1]", b'{"state": "run', b"\xff\xfe", b'{"state": "gone", "step": 1}']
+)
+def test_a_damaged_state_is_told_and_replaced(content, tmp_path):
+    (tmp_path / "state.json").write_bytes(content)
+    state = read_state(tmp_path)
+    assert state["state"] == "unreadable" and "state.json is damaged" in state["reason"]
+    assert write_state(tmp_path, "running", 2) and read_state(tmp_path)["step"] == 2
+
+
+def snapshot(folder):
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+
+
+def test_a_start_that_is_refused_leaves_a_finished_run_as_it_was(tmp_path):
+    with hold(tmp_path) as owner:
+        begin(owner, {"optim": {"lr": 0.1}}, run.record(["CPU"], ["here"]), 0)
+        write_state(tmp_path, "done", 60, "", owner.token)
+    before = snapshot(tmp_path)
+    with pytest.raises(RunError), hold(tmp_path) as owner:
+        try:
+            raise RunError("options have changed")
+        except RunError as error:
+            refuse(tmp_path, str(error), owner.token)
+            raise
+    assert snapshot(tmp_path) == before
+
+
+def test_a_first_start_that_fails_before_it_began_says_why(tmp_path):
+    with hold(tmp_path / "new") as owner:
+        refuse(tmp_path / "new", "index.json is missing", owner.token)
+    assert (read_state(tmp_path / "new")["state"], read_state(tmp_path / "new")["reason"]) == (
+        "failed",
+        "index.json is missing",
+    )
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["state.json"]
+
+
+def test_options_record_and_state_are_written_at_the_beginning(tmp_path):
+    options = {"run_dir": "x", "optim": {"lr": 0.1}}
+    with hold(tmp_path) as owner:
+        assert begin(owner, options, run.record(["CPU"], ["here"]), 7) == []
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == options
+        assert json.loads((tmp_path / "record.json").read_text())["hosts"] == ["here"]
+        assert (read_state(tmp_path)["state"], read_state(tmp_path)["step"]) == ("running", 7)
+
+
+@pytest.mark.parametrize("version", ["this one", "one that kept no digest"])
+def test_a_config_that_was_edited_by_hand_is_kept_with_a_word(version, tmp_path):
+    with hold(tmp_path) as owner:
+        begin(owner, {"optim": {"lr": 0.1}}, {}, 0)
+        if version != "this one":
+            (tmp_path / "record.json").write_text("{}")
+        assert begin(owner, {"optim": {"lr": 0.2}}, {}, 0) == []  # changed on the command line: nothing is lost
+        if version != "this one":
+            (tmp_path / "record.json").write_text("{}")
+        (tmp_path / "config.yaml").write_text("optim: {lr: 0.5}  # tried by hand\n")
+        (note,) = begin(owner, {"optim": {"lr": 0.2}}, {}, 0)
+        assert "config.yaml was edited" in note and "config.yaml.edited-1" in note
+    assert "tried by hand" in (tmp_path / "config.yaml.edited-1").read_text()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"optim": {"lr": 0.2}}
+
+
+def test_a_full_disk_cannot_keep_the_state_from_being_told(tmp_path):
+    said = on_a_small_disk(
+        tmp_path,
+        """
+        from spknet.train.lock import hold
+        from spknet.train.run_folder import begin, read_state, write_state
+        with hold(disk) as owner:
+            begin(owner, {"a": 1}, {}, 0)
+            fill()
+            assert write_state(disk, "failed", 3, "the disk is full", owner.token)
+        state = read_state(disk)
+        print(state['state'], state['step'], state['reason'], [p.name for p in disk.iterdir()])
+        fresh = disk / "fresh"
+        fresh.mkdir()
+        fill()
+        try:
+            with hold(fresh):
+                pass
+        except OSError as error:
+            print(error.errno == errno.ENOSPC, list(fresh.iterdir()))
+        """,
+    )
+    assert "failed 3 the disk is full" in said and ".tmp" not in said and "True []" in said
+
+
+def git(folder, *words):
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(folder), *words]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+
+
+def package(folder):
+    (folder / "spknet").mkdir(parents=True)
+    (folder / "spknet/errors.py").write_text("")
+
+
+def checkout(folder):
+    """A repository that tracks a package in its top folder; its revision."""
+    package(folder)
+    git(folder, "init")
+    git(folder, "add", ".")
+    git(folder, "commit", "-m", "first")
+    return (folder / ".git" / (folder / ".git/HEAD").read_text().split()[1]).read_text().strip()
+
+
+def test_the_revision_is_that_of_the_packages_own_checkout(tmp_path):
+    revision = checkout(tmp_path / "own")
+    assert run.git_revision(tmp_path / "own") == revision
+    (tmp_path / "own/spknet/errors.py").write_text("changed")
+    assert run.git_revision(tmp_path / "own") == f"{revision}-modified"
+
+
+def test_another_repositorys_revision_is_not_recorded(tmp_path, monkeypatch):
+    revision = checkout(tmp_path / "own")
+    package(tmp_path / "own/venv/site-packages")  # installed inside a repository, tracked there or not
+    assert run.git_revision(tmp_path / "own/venv/site-packages") is None
+    git(tmp_path / "own", "add", ".")
+    assert run.git_revision(tmp_path / "own/venv/site-packages") is None
+    git(tmp_path / "own", "reset", "--hard")
+    checkout(tmp_path / "other")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other/.git"))  # as in a git hook of the other one
+    assert run.git_revision(tmp_path / "own") == revision
+
+
+@pytest.mark.parametrize("trouble", ["no git", "git fails", "git hangs"])
+def test_a_container_without_git_records_no_revision(trouble, tmp_path, monkeypatch):
+    program = tmp_path / "git"
+    if trouble != "no git":
+        program.write_text("#!/bin/sh\n" + ("exit 128" if trouble == "git fails" else "exec sleep 60"))
+        program.chmod(0o755)
+    monkeypatch.setattr(run, "GIT_SECONDS", 0.3)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if trouble == "git hangs" else str(tmp_path))
+    if trouble == "git hangs":
+        assert shutil.which("sleep")
+    assert run.record(["CPU"], ["here"])["git_revision"] is None
+
+
+def test_a_requeue_and_the_same_words_again_carry_on_and_others_do_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--train.resume", "never"])
+    assert not carries_on(tmp_path)
+    with hold(tmp_path) as owner:
+        begin(owner, {}, run.record([], []), 0)
+        assert carries_on(tmp_path)  # killed while it ran
+        write_state(tmp_path, "requeue", 5, "SIGTERM", owner.token)
+        assert carries_on(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train", "--train.resume", "never", "--optim.lr", "3"])
+        assert not carries_on(tmp_path)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert carries_on(tmp_path)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        monkeypatch.setenv("SLURM_JOB_ID", "9")
+        assert not carries_on(tmp_path)
+        begin(owner, {}, run.record([], []), 0)
+        monkeypatch.setattr(sys, "argv", ["train"])
+        assert carries_on(tmp_path)  # the same job
+        write_state(tmp_path, "done", 9, "", owner.token)
+        assert not carries_on(tmp_path)
+
+
+def test_what_an_earlier_run_left_is_set_aside_when_one_is_begun_anew(tmp_path):
+    for name in (
+        "checkpoints/step-00000010.pt",
+        "checkpoints/step-00000020.pt",
+        "metrics.jsonl",
+        "eval/step-00000010/report.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with hold(tmp_path) as owner:
+        (note,) = set_aside(owner)
+        assert "before-1" in note
+        assert sorted(p.name for p in (tmp_path / "before-1").iterdir()) == ["checkpoints", "eval", "metrics.jsonl"]
+        assert (tmp_path / "before-1/checkpoints/step-00000020.pt").exists()
+        assert set_aside(owner) == []

@@ -149,7 +149,7 @@ def test_ranks_with_different_data_say_so(options, corpus, tmp_path, capfd):
 
 
 def _other_data(rank, _world, words, folder, original):
-    from spknet.data import batches as data
+    from spknet.data import corpus as data
     from spknet.train.__main__ import main
 
     real = data.open_shards
@@ -205,11 +205,11 @@ def _spoilt(rank, _world, words):
 
     real, calls = train.step_at_once, []
 
-    def spoil(parallel, *arguments):
-        found = real(parallel, *arguments)
+    def spoil(task, *arguments):
+        found = real(task, *arguments)
         calls.append(1)
         if len(calls) == 4 and rank == 1:
-            next(parallel.parameters()).grad.view(-1)[3] = float("inf")
+            next(task.parameters()).grad.view(-1)[3] = float("inf")
         return found
 
     train.step_at_once = spoil
@@ -226,13 +226,13 @@ def test_a_gradient_that_is_not_finite_is_not_stepped(options, tmp_path, capfd):
 
 
 def _unforeseen(words, status):
-    from spknet.train import trainer as train
+    from spknet.train import sidelines
     from spknet.train.__main__ import main
 
     def fail(*_):
         raise KeyError("something nobody thought of")
 
-    train.Trainer.write_metrics = fail
+    sidelines.Sidelines.write_metrics = fail
     status.value = main(words)
 
 

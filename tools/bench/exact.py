@@ -29,7 +29,8 @@ from spknet.losses import build_loss
 from spknet.models import build_model
 from spknet.parallel.batchnorm import GlobalBatchNorm, globalize
 from spknet.parallel.gather import all_reduce_sum
-from spknet.parallel.ranks import Ranks, data_parallel, ranks
+from spknet.parallel.gradients import AveragedGradients
+from spknet.parallel.ranks import Ranks, ranks
 from spknet.train.step import SpeakerTask, step_at_once
 from tools.exactness import local_losses
 
@@ -63,7 +64,7 @@ def task(me: Ranks, precision: str, exact: bool) -> tuple[SpeakerTask, nn.Module
     rng.initialize(model, 0)
     made = SpeakerTask(globalize(model) if exact else model, loss, 2, precision)
     made.to(memory_format=torch.channels_last)
-    return made, data_parallel(made, me), torch.optim.Adam(made.parameters(), lr=1e-3)
+    return made, AveragedGradients(made.parameters()), torch.optim.Adam(made.parameters(), lr=1e-3)
 
 
 def measure(chosen: argparse.Namespace, me: Ranks) -> None:
@@ -75,11 +76,11 @@ def measure(chosen: argparse.Namespace, me: Ranks) -> None:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     counted: dict[bool, int] = {}
     for pair in range(chosen.steps + 2):
-        for exact, (_, parallel, optimizer) in ways.items():
+        for exact, (made, gradients, optimizer) in ways.items():
             with counting() as total:
                 dist.barrier()
                 begun = time.perf_counter()
-                one_step(parallel, optimizer, inputs, exact)
+                one_step(made, gradients, optimizer, inputs, exact)
                 dist.barrier()
             if pair >= 2:  # the first ones warm up
                 seconds[exact].append(time.perf_counter() - begun)
@@ -88,14 +89,14 @@ def measure(chosen: argparse.Namespace, me: Ranks) -> None:
         report(chosen, me, ways[True][0], seconds, counted)
 
 
-def one_step(parallel, optimizer, inputs, exact: bool) -> None:
-    optimizer.zero_grad(set_to_none=True)
+def one_step(made, gradients, optimizer, inputs, exact: bool) -> None:
+    gradients.clear()
     if exact:
-        loss, accuracy = step_at_once(parallel, inputs, lambda x: x)
+        loss, accuracy = step_at_once(made, inputs, lambda x: x, gradients)
         all_reduce_sum(torch.stack([loss, accuracy, loss, loss, loss]).double())
     else:
         with local_losses():
-            step_at_once(parallel, inputs, lambda x: x)
+            step_at_once(made, inputs, lambda x: x, gradients)
     optimizer.step()
 
 

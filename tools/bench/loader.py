@@ -135,9 +135,10 @@ def crops_per_second(ways: dict, batches: list, seconds: float) -> dict[str, flo
 
 def bench_dataloader(folder: Path, seconds: float) -> None:
     """The whole DataLoader (one worker process, int16 batch of 256) beside the reader alone on the same rows, both per core."""
-    from spknet.data import batches as data
+    from spknet.data.batches import Batches
+    from spknet.data.corpus import Corpus
     from spknet.options import parse
-    from spknet.parallel import ranks as distributed
+    from spknet.parallel.ranks import Ranks
 
     words = [
         "--data.train_shards",
@@ -148,8 +149,8 @@ def bench_dataloader(folder: Path, seconds: float) -> None:
         "1",
     ]
     config = parse([*words, "--data.max_utterances_per_speaker", "1000000"])
-    corpus = data.Corpus.open(config.data, 0)
-    me = distributed.Ranks()
+    corpus = Corpus.open(config.data, 0)
+    me = Ranks()
     drawn = [draw(corpus.utterances, BATCH, seed) for seed in range(BATCHES)]
     out = np.empty((BATCH, CROP), np.int16)
     ways = {"reader": lambda rows, starts: corpus.utterances.read_batch(rows, starts, out)}
@@ -159,8 +160,9 @@ def bench_dataloader(folder: Path, seconds: float) -> None:
     own, wall = [], []
     for steps in (few, many):
         before, start = children_seconds(), time.perf_counter()
-        for _ in data.loader(config, corpus, me, 0, steps):
-            pass
+        with Batches(config, corpus, me, 0, steps) as batches:
+            for _ in range(steps):
+                next(batches)
         wall.append(time.perf_counter() - start)
         own.append(children_seconds() - before)
     crops = BATCH * (many - few)

@@ -1,0 +1,190 @@
+"""What a batch script does around srun, on the first node, outside of any container: may the run start, and what its end means.
+
+    python -m launch.batch begin RUN || exit        refuse a run that another job has; note the start in RUN/launch.json
+    python -m launch.batch watch RUN &              kill an srun that waits for a dead slurmstepd
+    srun ...
+    python -m launch.batch end RUN                  requeue the job, leave bad nodes out, or end it; its exit status is the job's
+
+In submitit's script `--submitted FOLDER` stands for RUN: the runs of the job are those of its pickle.
+
+The script asks for the requeue and nothing below it does, so that a killed task, torchrun or srun ends as any other death.
+
+    done      the job is over                                 failed    an error of the run: never requeued
+    requeue   saved on a signal: requeue                      running   the ranks are gone without a word: requeue
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launch import jobs, starts
+from launch.logs import killed_ranks, straggler
+from launch.processes import descendants, kill
+from spknet.errors import UserError, run
+from spknet.parallel.nodelist import expand
+from spknet.train.run_folder import read_state, write_state
+
+SECONDS_TO_LEAVE = 60  # SLURM kills the script of a requeued job in that time
+OVER_SECONDS = 16  # longer than a restart by torchrun takes to say `running` again
+REFUSED = 2
+
+
+def begin(runs: list[Path], ranks_per_node: int) -> int:
+    """0 where the job may train; 2 where another job has a run, which is then left as it is."""
+    job, nodes = os.environ["SLURM_JOB_ID"], expand(os.environ["SLURM_JOB_NODELIST"])
+    for folder in runs:
+        holder = jobs.holder_of(folder, own_names())
+        if holder is not None:
+            print(f"{folder} belongs to {holder}; job {job} ends without touching it", file=sys.stderr)
+            return REFUSED
+    for folder in runs:
+        _note_lost_nodes(folder, job)
+        starts.note_start(folder, job, nodes, dict(os.environ), ranks_per_node)
+        if str(jobs.read_job(folder).get("job")) not in own_names():
+            folder.mkdir(parents=True, exist_ok=True)
+            jobs.note_job(folder, job=job, executor="slurm", log=_log(job), cwd=os.getcwd())
+    bad = [node for folder in runs for node in starts.bad_nodes(folder) if node in nodes]
+    if bad and _enough_without(bad):
+        for folder in runs:
+            starts.note_end(folder, "lost")
+        requeue(job, bad)
+    return 0
+
+
+def end(runs: list[Path]) -> int:
+    """Exit status of the job. Does not return where the job is requeued."""
+    job = os.environ["SLURM_JOB_ID"]
+    said = {folder: starts.said_since_start(folder) for folder in runs}
+    again = [folder for folder in runs if (said[folder] or {}).get("state") not in ("done", "failed")]
+    if again and jobs.state_of(job) != "RUNNING":
+        print(f"job {job} was cancelled, or requeued by SLURM itself", file=sys.stderr)
+        return 1
+    for folder in list(again):
+        told = starts.read_starts(folder)[-1:] or [{}]
+        # Neither a word of the run nor a signal: what would not start now would not start in the next life, either.
+        why = "" if said[folder] or "ended" in told[0] else "it ended before it started; the job's log says why"
+        starts.note_end(folder, starts.cause(said[folder]), blamed(folder, said[folder]))
+        why = why or starts.without_progress(folder)
+        if why and jobs.holder_of(folder, own_names()) is None:
+            print(f"{folder}: {why}", file=sys.stderr)
+            again.remove(folder)
+            if (read_state(folder) or {}).get("state") != "done":
+                write_state(folder, "failed", starts.newest_checkpoint_step(folder), why)
+    for folder in runs:
+        shown = (starts.said_since_start(folder) or {"state": "silent"})["state"]
+        print(f"{folder} is '{shown}'" + (", to be continued" if folder in again else ""), file=sys.stderr)
+    if again:
+        bad = sorted({node for folder in runs for node in starts.bad_nodes(folder)})
+        requeue(job, bad if _enough_without(bad) else [])
+    return int(any((starts.said_since_start(folder) or {}).get("state") != "done" for folder in runs))
+
+
+def watch(runs: list[Path]) -> int:
+    """Kills srun where all runs have said for a while that they are over: the slurmstepd of a task is dead, and srun waits
+    for it as long as KillWait. What still lives in the job is ended by the requeue, or by the job's end."""
+    script, since, before = os.getppid(), time.monotonic(), None
+    while os.getppid() == script:
+        time.sleep(2)
+        said = [starts.said_since_start(folder) or {} for folder in runs]
+        if said != before or any(s.get("state", "running") == "running" for s in said):
+            before, since = said, time.monotonic()
+        elif time.monotonic() - since > OVER_SECONDS:
+            print(f"ending srun: {runs[0]} has been '{said[0]['state']}' for {OVER_SECONDS} s", file=sys.stderr)
+            kill([pid for pid in descendants(script) if name_of(pid) == "srun"])
+            return 0
+    return 0
+
+
+def name_of(pid: int) -> str:
+    """A process' command, empty where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def requeue(job: str, bad: list[str]) -> None:
+    """Put this job back into the queue, without the bad nodes, and wait for SLURM to end this script."""
+    sys.stdout.flush()
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if done.returncode:
+        print(f"scontrol requeue {job}: {done.stderr.strip()}", file=sys.stderr)
+        sys.exit(1)
+    if bad:
+        # Possible while the job waits only, which it does from here on.
+        subprocess.run(["scontrol", "update", f"jobid={job}", f"ExcNodeList={','.join(bad)}"])
+        print(f"job {job} leaves out {', '.join(bad)}: blamed for two ends of this run", file=sys.stderr, flush=True)
+    time.sleep(SECONDS_TO_LEAVE)
+    sys.exit(1)
+
+
+def blamed(folder: Path, said: dict | None) -> list[str]:
+    """The nodes on which a rank was killed, from the logs of this start, or the node of the rank that stalled."""
+    newest = starts.read_starts(folder)[-1:]
+    nodes = newest[0].get("nodes", []) if newest else []
+    slow = straggler((said or {}).get("reason", ""))
+    log = jobs.read_job(folder).get("log")
+    paths = [Path(log.replace("_0_log.err", f"_{i}_log.err")) for i in range(len(nodes))] if log else []
+    found = [node for node, path in zip(nodes, paths) if path.exists() and killed_ranks(path)]
+    ranks = newest[0].get("ranks_per_node") if newest else None
+    return found or ([nodes[slow // ranks]] if slow is not None and ranks and slow // ranks < len(nodes) else [])
+
+
+def _note_lost_nodes(folder: Path, job: str) -> None:
+    """A start that nobody has said the end of: a node was lost (SLURM knows which), or the job was requeued by hand."""
+    earlier = starts.read_starts(folder)
+    if not earlier or "ended" in earlier[-1]:
+        return
+    failed = (
+        jobs.ask("sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "FailedNode") if earlier[-1]["job"] == job else ""
+    )
+    names = [line for line in (failed or "").split() if line != "None"]
+    told = sum(bool(s.get("blamed")) for s in earlier if s["job"] == job and s.get("ended") == "lost")
+    starts.note_end(folder, "lost", names[told:][-1:])
+
+
+def _enough_without(bad: list[str]) -> bool:
+    """Whether the partition has nodes enough without the bad ones."""
+    partition = os.environ.get("SLURM_JOB_PARTITION", "")
+    said = jobs.ask("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%t") or ""
+    good = {line.split("|")[0] for line in said.splitlines()} - set(bad)
+    if bad and len(good) < int(os.environ.get("SLURM_JOB_NUM_NODES", 1)):
+        print(f"{', '.join(bad)}: blamed twice, but too few other nodes in partition {partition}", file=sys.stderr)
+        return False
+    return True
+
+
+def own_names() -> list[str]:
+    """This job as SLURM names it: its number and, of an array's element, the array's number and its index."""
+    names = [os.environ["SLURM_JOB_ID"]]
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        names.append(f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}")
+    return names
+
+
+def _log(job: str) -> str | None:
+    said = jobs.ask("scontrol", "show", "job", job) or ""
+    lines = [line.strip().removeprefix("StdErr=") for line in said.splitlines() if line.strip().startswith("StdErr=")]
+    return lines[0] if lines else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if len(words) < 2 or words[0] not in ("begin", "watch", "end"):
+        raise UserError("usage: python -m launch.batch begin|watch|end RUN...")
+    if words[1] == "--submitted":  # submitit's folder: the runs stand in the job's pickle
+        from launch.task import submitted
+
+        task = submitted(words[2])
+        runs, ranks = task.runs(), task.ranks_per_node
+    else:
+        runs, ranks = [Path(word).absolute() for word in words[1:]], int(os.environ.get("RANKS_PER_NODE", 1))
+    return begin(runs, ranks) if words[0] == "begin" else watch(runs) if words[0] == "watch" else end(runs)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,128 @@
+"""What the job of a run has written: print it, follow it, of one rank only; and what it says about how ranks ended.
+
+    spknet logs RUN [--follow] [--rank N] [--lines 100]
+
+RUN/jobs/JOB/JOB_k_log.err and .out are those of node k, RUN/jobs/JOB/ranks/.../attempt_A/L/stderr.log those of its local rank L.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+from launch.jobs import read_job
+from launch.starts import read_starts
+from spknet.errors import UserError, run
+
+BAR = re.compile(r"\d+%\|.*\|\s*[\d.]+\w*/[\d.]+\w*\s*\[|^\s*\d+step \[")  # tqdm's line
+EMPTY = re.compile(r"\[rank \d+\]")  # torchrun's prefix before a bar's end
+EXIT_CODE = re.compile(r"exitcode\s*:\s*-(\d+)")
+SIGTERM = 15
+BEGINNING = "launch: start of"  # written by each start of a task, whose log all starts append to
+FOLLOW_SECONDS = 0.5
+
+
+class LogError(UserError):
+    """There is no such log; the message says what there is."""
+
+
+def plain(text: str) -> list[str]:
+    """Lines without progress bars: of a line that was drawn over, what stood there last."""
+    lines = (line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n"))
+    kept = [line.rstrip() for line in lines if not BAR.search(line) and not EMPTY.fullmatch(line.rstrip())]
+    return kept[:-1] if kept and not kept[-1] else kept
+
+
+def last_life(path: Path) -> str:
+    """What the newest start of the job has written into its log, to which every start appends."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return ""
+    return text[max(text.rfind(BEGINNING), 0) :]
+
+
+def killed_ranks(path: Path) -> list[int]:
+    """Signals by which ranks on this node were killed (not TERM, which torchrun sends to the rest), as torchrun reports them."""
+    return [n for n in map(int, EXIT_CODE.findall(last_life(path))) if n != SIGTERM]
+
+
+def straggler(reason: str) -> int | None:
+    """The rank that a stalled run's reason names."""
+    match = re.search(r"rank (\d+) is behind", reason)
+    return int(match[1]) if match else None
+
+
+def error_line(path: Path) -> str:
+    """The run's own last `error: ...` in a log, without the word; empty where there is none."""
+    found = [m[1] for line in plain(last_life(path)) if (m := re.match(r"(?:\[rank \d+\] )?error: (.+)", line))]
+    return found[-1] if found else ""
+
+
+def log_paths(folder: Path, rank: int | None) -> list[Path]:
+    """The files that hold the newest job's words: of node 0, or of the node and process of a rank. Raises LogError."""
+    log = read_job(folder).get("log")
+    if not log:
+        raise LogError(
+            f"{folder}: no job of spknet submit or slurm/train.sbatch is noted here (job.json); give a run's folder"
+        )
+    first = Path(log)
+    if rank is None:
+        return [first]
+    starts = read_starts(folder)
+    per_node = starts[-1].get("ranks_per_node", 1) if starts else 1
+    node, local = divmod(rank, per_node)
+    attempts = sorted(
+        first.parent.glob(f"ranks/node{node}/*/attempt_*/{local}/stderr.log"), key=lambda p: p.stat().st_mtime
+    )
+    if not attempts:
+        ranks = len(starts[-1].get("nodes", [])) * per_node if starts else 0
+        raise LogError(
+            f"{folder}: rank {rank} has written nothing yet, or there is none; the newest start has {ranks} ranks"
+        )
+    return attempts[-1:]
+
+
+def follow(path: Path, at: int, ended) -> None:
+    """Print what is added to a file until ended() is true; Ctrl-C ends it, too."""
+    while True:
+        last = ended()
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(at)
+                added = file.read()
+            at += len(added)
+            for line in plain(added.decode(errors="replace")):
+                print(line, flush=True)
+        if last:
+            return
+        time.sleep(FOLLOW_SECONDS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0; 2 for a folder without logs."""
+    parser = argparse.ArgumentParser(
+        prog="spknet logs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--follow", action="store_true", help="go on printing until the run has ended")
+    parser.add_argument("--rank", type=int, help="of this rank alone (all ranks of node 0)")
+    parser.add_argument("--lines", type=int, default=100, help="from the end (100); 0: all")
+    options = parser.parse_args(argv)
+    for path in log_paths(options.run, options.rank):
+        print(f"{path}:", file=sys.stderr)
+        size = path.stat().st_size if path.exists() else 0
+        lines = plain(path.read_text(errors="replace")) if path.exists() else ["(nothing yet)"]
+        print("\n".join(lines[-options.lines :] if options.lines else lines), flush=True)
+        if options.follow:
+            from launch.status import ACTIVE, statuses
+
+            follow(path, size, lambda: not any(s.state in ACTIVE for s in statuses(options.run)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

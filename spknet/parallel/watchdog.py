@@ -1,0 +1,173 @@
+"""No rank waits for ever: whoever fails alone tells the others, and a rank that stalls, dies or is cut off is named.
+
+A collective that waits for a rank cannot be interrupted from Python. So each rank has two threads beside its work. One
+tells the store what the rank does and looks whether another one has failed, through a connection of its own. One looks at
+the clock: at how long the rank has been without a step, and at how long the store has not answered. Either ends the process
+(os._exit) when there is no more to wait for. The first report counts: it is what every rank says and what state.json holds.
+
+    watchdog = Watchdog(report); watchdog.start()
+    watchdog.says("reading batches", step=12)
+    watchdog.fail(Failure("rank 1: ...", status=2))        # from the rank that knows
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from spknet.parallel.ranks import PATIENCE, connect, here, leave, meeting
+
+REQUEUE = 75  # exit status: not done, start the same command again (EX_TEMPFAIL)
+GRACE = 5.0  # seconds that a failing rank stays, so that all others learn why
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run ends before its time."""
+
+    reason: str
+    status: int = 1  # exit status of every rank: 2 a mistake of the user, 75 another rank is gone, 1 anything else
+    rank: int = 0
+
+    @property
+    def state(self) -> str:
+        """What state.json says: a lost rank is no fault of the run."""
+        return "requeue" if self.status == REQUEUE else "failed"
+
+
+class Watchdog:
+    """One for each rank and run. report: called with the Failure on rank 0, before the process leaves."""
+
+    def __init__(self, report: Callable[[Failure], None]):
+        self.me, self.limit, self.report = here(), meeting().limit, report
+        self.interval = min(1.0, self.limit / 8)
+        self.place = (0, 0, "starting")  # step, order within the step, in words
+        self.since: float | None = time.monotonic()  # None: what is done now may take its time
+        self.heard = time.monotonic()  # when the store answered last
+        self.beats = 0
+        self.stopped = threading.Event()
+        self.leaving = threading.Lock()
+
+    def start(self) -> Watchdog:
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        if self.me.world_size > 1:
+            self.store = connect(meeting(), max(1.0, min(10.0, self.limit)))
+            threading.Thread(target=self._talk, daemon=True, name="heartbeat").start()
+        return self
+
+    def stop(self) -> None:
+        """Nothing is watched any more: this rank leaves in its own way."""
+        self.stopped.set()
+
+    def says(self, doing: str, step: int = 0, order: int = 0) -> None:
+        """What this rank does now. order: its place within the step; ranks are compared by (step, order)."""
+        self.place, self.since = (step, order, doing), time.monotonic()
+
+    def pause(self, doing: str, step: int = 0) -> None:
+        """What comes now (evaluation) may take much longer than a step."""
+        self.place, self.since = (step, 9, doing), None
+
+    def fail(self, failure: Failure) -> Failure:
+        """Tells all ranks why this one ends; returns the failure that was told first, which may be another rank's.
+
+        Waits until the others know it, at most GRACE seconds.
+        """
+        if self.me.world_size == 1:
+            return failure
+        with contextlib.suppress(Exception):  # the store may be gone with the rank that held it
+            told = self.store.compare_set("failure", "", json.dumps(asdict(failure)))
+            failure = Failure(**json.loads(told))
+            self.store.set(f"knows/{self.me.rank}", "")
+            end = time.monotonic() + GRACE
+            others = [f"knows/{rank}" for rank in range(self.me.world_size)]
+            while time.monotonic() < end and not self.store.check(others):
+                time.sleep(0.05)
+        return failure
+
+    def _talk(self) -> None:
+        while not self.stopped.wait(self.interval):
+            try:
+                self.beats += 1
+                step, order, doing = self.place
+                self.store.set(f"at/{self.me.rank}", f"{self.beats} {step} {order} {doing}")
+                told = self.store.get("failure").decode() if self.store.check(["failure"]) else ""
+                self.heard = time.monotonic()
+            except Exception as error:
+                if self.stopped.wait(2 * PATIENCE if "timeout" in str(error).lower() else GRACE):
+                    return
+                self._leave(Failure(f"the other ranks are gone: {_short(error)}", REQUEUE, self.me.rank), tell=False)
+                return
+            if told:
+                failure = Failure(**json.loads(told))
+                self.store.set(f"knows/{self.me.rank}", "")
+                if failure.rank != self.me.rank:
+                    self._leave(failure, tell=False)
+                    return
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(min(0.5, self.interval)):
+            now = time.monotonic()
+            if self.me.world_size > 1 and now - self.heard > self.limit:
+                host, port = meeting().address
+                said = f"rank {self.me.rank} has not reached the other ranks ({host}:{port}) for {self.limit:g} s"
+                self._leave(Failure(said + "; the network between them is cut", REQUEUE, self.me.rank), tell=False)
+            elif self.since is not None and now - self.since > self.limit:
+                self._leave(Failure(self._stalled(), 1, self.me.rank), tell=True)
+
+    def _leave(self, failure: Failure, tell: bool) -> None:
+        with self.leaving:
+            if self.stopped.is_set():
+                return
+            if tell:
+                failure = self.fail(failure)
+            alone = failure.rank == self.me.rank
+            if self.me.first or alone:
+                print(f"error: {failure.reason}", file=sys.stderr, flush=True)
+            if self.me.first:
+                self.report(failure)
+            for child in multiprocessing.active_children():
+                child.kill()  # loaders ignore gentler signals
+            if self.me.world_size > 1 and tell:
+                with contextlib.suppress(RuntimeError):
+                    leave(meeting())
+            os._exit(failure.status)
+
+    def _stalled(self) -> str:
+        waited = f"no step finished within train.timeout_seconds={self.limit:g}"
+        if self.me.world_size == 1:
+            return f"{waited}; last seen {self.place[2]} at step {self.place[0]}"
+        before = self._places()
+        time.sleep(3 * self.interval)  # counters, not times: clocks of machines differ
+        after = self._places()
+        silent = [r for r in after if before[r][0] == after[r][0] and r != self.me.rank]
+        slowest = silent[0] if silent else min(after, key=lambda r: after[r][1:3])
+        _, step, _, doing = after[slowest]
+        doing = "without a sign of life since" if silent else doing
+        steps = ", ".join(str(place[1]) for place in after.values())
+        return (
+            f"{waited}; rank {slowest} is behind, last seen at step {step}, {doing} (steps of all ranks: {steps}); look at"
+            " that rank's log and machine"
+        )
+
+    def _places(self) -> dict[int, tuple[int, int, int, str]]:
+        """Of each rank: beats, step, order, doing."""
+        found = {}
+        for rank in range(self.me.world_size):
+            name = f"at/{rank}"
+            beats, step, order, doing = (
+                self.store.get(name).decode() if self.store.check([name]) else "0 -1 0 -"
+            ).split(" ", 3)
+            found[rank] = int(beats), int(step), int(order), doing
+        return found
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,91 @@
+"""Logs of a run: which file, without progress bars, of one rank, followed; and what they say about killed ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import logs
+from launch.status import last_lines
+from spknet.train.run_folder import write_state
+
+ROOT = Path(__file__).resolve().parents[2]
+BARS = "\r".join(f"[rank 0]  {n}%|███▏      | {n}/60 [00:0{n % 9}<00:05,  4.89step/s, loss 2.7]" for n in range(9))
+LOG = f"""launch: start of /runs/a, job 7, node 0
+an earlier life
+       exitcode  : -9 (pid: 12)
+launch: start of /runs/a, job 7, node 0
+{BARS}
+[rank 0]
+[rank 0] step 20: EER 12.00 %
+[rank 1] error: x.tar is missing
+       exitcode  : -15 (pid: 13)
+       exitcode  : -11 (pid: 14)
+"""
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run of 2 nodes x 2 ranks in its second start."""
+    folder = tmp_path / "jobs" / "7"
+    for node in range(2):
+        (folder / "ranks" / f"node{node}" / "7_x" / "attempt_0" / "1").mkdir(parents=True)
+        (folder / "ranks" / f"node{node}" / "7_x" / "attempt_0" / "1" / "stderr.log").write_text(f"of node {node}\n")
+    log = folder / "7_0_log.err"
+    log.write_text(LOG)
+    (tmp_path / "job.json").write_text(json.dumps({"job": "7", "executor": "local", "log": str(log), "time": 0}))
+    starts = [{"job": "7", "step": 0, "nodes": ["a", "b"], "ranks_per_node": 2}]
+    (tmp_path / "launch.json").write_text(json.dumps({"starts": starts}))
+    return tmp_path
+
+
+def test_progress_bars_are_left_out(run, capsys):
+    assert logs.main([str(run)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "[rank 0] step 20: EER 12.00 %" in shown and not any("%|" in line or line == "[rank 0]" for line in shown)
+
+
+def test_log_of_a_rank_is_that_of_its_node_and_process(run, capsys):
+    assert logs.main([str(run), "--rank", "3"]) == 0
+    assert capsys.readouterr().out == "of node 1\n"
+    with pytest.raises(
+        logs.LogError, match="rank 4 has written nothing yet, or there is none; the newest start has 4 ranks"
+    ):
+        logs.main([str(run), "--rank", "4"])
+
+
+def test_folder_without_a_job_is_an_error(tmp_path):
+    with pytest.raises(logs.LogError, match="no job of spknet submit or slurm/train.sbatch is noted here"):
+        logs.main([str(tmp_path)])
+
+
+def test_log_is_followed_until_the_run_has_ended(run):
+    write_state(run, "running", 1)
+    (run / "lock").write_text("{}")
+    command = [sys.executable, "-m", "launch.logs", str(run), "--follow", "--lines", "1"]
+    reader = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert "exitcode" in reader.stdout.readline()
+    with open(run / "jobs" / "7" / "7_0_log.err", "a") as log:
+        log.write("[rank 0] one more\n")
+    assert reader.stdout.readline() == "[rank 0] one more\n"
+    write_state(run, "done", 2)
+    assert reader.wait(60) == 0
+
+
+def test_signals_that_killed_ranks_of_the_newest_start_are_read_from_its_log(run):
+    log = run / "jobs" / "7" / "7_0_log.err"
+    assert logs.killed_ranks(log) == [11]  # TERM is what torchrun sends to the rest
+    assert logs.error_line(log) == "x.tar is missing"
+
+
+def test_end_of_a_failed_runs_log_is_of_its_newest_start(run):
+    shown = last_lines(str(run / "jobs" / "7" / "7_0_log.err"), count=4).splitlines()[2:]
+    assert [line.strip() for line in shown[:2]] == ["[rank 0] step 20: EER 12.00 %", "[rank 1] error: x.tar is missing"]
+    assert "earlier life" not in last_lines(str(run / "jobs" / "7" / "7_0_log.err"))
+
+
+def test_rank_that_stalled_is_read_from_the_reason():
+    assert logs.straggler("no step finished within 600 s; rank 13 is behind, last seen at step 4") == 13
+    assert logs.straggler("SIGUSR2") is None
