@@ -26,7 +26,7 @@ from launch.logs import killed_ranks, straggler
 from launch.processes import descendants, kill
 from spknet.errors import UserError, run
 from spknet.parallel.nodelist import expand
-from spknet.train.run_folder import write_state
+from spknet.train.run_folder import read_state, write_state
 
 SECONDS_TO_LEAVE = 60  # SLURM kills the script of a requeued job in that time
 OVER_SECONDS = 16  # longer than a restart by torchrun takes to say `running` again
@@ -64,12 +64,16 @@ def end(runs: list[Path]) -> int:
         print(f"job {job} was cancelled, or requeued by SLURM itself", file=sys.stderr)
         return 1
     for folder in list(again):
+        told = starts.read_starts(folder)[-1:] or [{}]
+        # Neither a word of the run nor a signal: what would not start now would not start in the next life, either.
+        why = "" if said[folder] or "ended" in told[0] else "it ended before it started; the job's log says why"
         starts.note_end(folder, starts.cause(said[folder]), blamed(folder, said[folder]))
-        why = starts.without_progress(folder)
+        why = why or starts.without_progress(folder)
         if why and jobs.holder_of(folder, own_names()) is None:
-            write_state(folder, "failed", starts.newest_checkpoint_step(folder), why)
             print(f"{folder}: {why}", file=sys.stderr)
             again.remove(folder)
+            if (read_state(folder) or {}).get("state") != "done":
+                write_state(folder, "failed", starts.newest_checkpoint_step(folder), why)
     for folder in runs:
         shown = (starts.said_since_start(folder) or {"state": "silent"})["state"]
         print(f"{folder} is '{shown}'" + (", to be continued" if folder in again else ""), file=sys.stderr)

@@ -22,6 +22,7 @@ from pathlib import Path
 from spknet.train.run_folder import read_state, write_json
 
 LIMITS = {"died": 3, "stalled": 6}  # starts in a row from one checkpoint
+SIGNALLED = ("SIG", "a signal to another rank")  # how the reason of a run begins that was told to stop
 BLAMED_TWICE = 2
 # What of the environment shapes how ranks talk: recorded, so that a slow or hanging run can be explained later.
 RECORDED = (
@@ -82,7 +83,7 @@ def cause(said: dict | None) -> str:
         return "died"
     if "no step finished" in reason:
         return "stalled"
-    return "died" if "another rank is gone" in reason else "signal"
+    return "signal" if reason.startswith(SIGNALLED) else "died"
 
 
 def without_progress(run: str | Path) -> str:

@@ -13,6 +13,7 @@ Usage: for speaker, key, source in read_list("train_list.txt", "voxceleb2/dev/wa
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import io
 import os
@@ -79,8 +80,9 @@ def read_list(list_path: str | Path, root: str | Path) -> TrainingList:
     return TrainingList(list_path, root)
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of every line that is not blank. What is not UTF-8 stands in it as surrogates. Raises ShardError."""
+@contextlib.contextmanager
+def open_text(path: str | Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+    """A text file in whatever Unicode it says it is. What is not UTF-8 stands in it as surrogates. Raises ShardError."""
     with open_regular(path, -1) as file:
         head = file.peek(4096)[:4096]
         for magic, kind in PACKED.items():
@@ -90,17 +92,24 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         if encoding == "utf-8" and head.count(0) > len(head) // 4:
             raise ShardError(
                 f"{path} holds zero bytes: UTF-16 without a byte order mark, or no text? Make it UTF-8 with"
-                f" `iconv -f UTF-16LE -t UTF-8`"
+                " `iconv -f UTF-16LE -t UTF-8`"
             )
         errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
         try:
-            for number, line in enumerate(io.TextIOWrapper(file, encoding, errors, newline=None), 1):
-                if line.strip():
-                    yield number, line.rstrip("\n")
+            with io.TextIOWrapper(file, encoding, errors, newline) as text:
+                yield text
         except UnicodeError as error:
             raise ShardError(
                 f"{path} begins as {encoding.upper()} but is not ({error}); make it UTF-8 with iconv"
             ) from None
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of every line that is not blank; lines end in LF, CR LF or CR. Raises ShardError."""
+    with open_text(path) as text:
+        for number, line in enumerate(text, 1):
+            if line.strip():
+                yield number, line.rstrip("\n")
 
 
 def parse_line(text: str, root: str) -> tuple[str, str, str]:
@@ -113,14 +122,14 @@ def parse_line(text: str, root: str) -> tuple[str, str, str]:
     if len(words) != 2:
         raise ShardError(f"found {ascii(text)}, expected `speaker path`")
     speaker, path = words
-    if len(speaker.encode()) > MAX_KEY - 2:
-        raise ShardError(
-            f"speaker {ascii(speaker)} has {len(speaker.encode())} bytes, too many for a key; `python -m tools.lists` shortens such names"
-        )
-    check_speaker(speaker)
     path = below(root, path)
     member = archive.split(path)[1]
     key = key_of(speaker, member if member is not None else path)
+    if len(speaker.encode()) > MAX_KEY - 2 or (len(speaker) > 16 and not key.startswith(speaker + "/")):
+        raise ShardError(
+            f"speaker {ascii(speaker)} has {len(speaker.encode())} bytes, too many for a key; `spknet lists` shortens such names"
+        )
+    check_speaker(speaker)
     check_key(speaker, key)
     return speaker, key, os.path.join(root, path)
 

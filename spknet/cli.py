@@ -14,7 +14,7 @@ from spknet.errors import USAGE, run
 
 COMMANDS = {
     "make data": {
-        "lists": ("tools.lists", "a training list from a folder, a CSV or Kaldi's files"),
+        "lists": ("shards.make_lists", "a training list from a folder, a CSV or Kaldi's files"),
         "pack": ("shards.pack", "WAV, FLAC, ... files to tar shards"),
         "verify": ("shards.verify", "check packed shards for damage"),
         "stats": ("shards.info", "speakers, hours and durations of packed shards"),
@@ -27,6 +27,7 @@ COMMANDS = {
         "train": ("spknet.train.__main__", "train a network"),
         "voxceleb-trainer": ("spknet.train.voxceleb_trainer", "train with voxceleb_trainer's command line"),
         "export": ("spknet.checkpoints.export", "write a checkpoint in another program's format"),
+        "recipes": ("spknet.train.recipes", "recipes with their cost and aim"),
         "info": ("spknet.models.describe", "parameters and multiply-adds of the networks"),
     },
     "evaluate": {

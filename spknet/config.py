@@ -63,6 +63,9 @@ class DataConfig:
     epoch: Literal["utterances", "balanced"] = option(
         "utterances", "an epoch covers utterances once, or speakers equally"
     )
+    plan: Literal["auto", "table", "formula"] = option(
+        "auto", "an epoch's batches: a table of them, or a formula; auto: a formula from 2^24 utterances on"
+    )
     workers: int = option(2, "loader processes of each rank; 0 loads in the training process", ge=0, le=1024)
     cache_dir: str | None = option(None, "node-local folder that tars are copied to before they are read")
     cache_gib: float = option(0.0, "size limit of cache_dir in GiB; 0 for none", ge=0)
@@ -80,7 +83,7 @@ class AugmentConfig:
         "none", "whose values null takes (spknet/data/presets.py); none: one of the kinds in the shards, equally likely"
     )
     probability: float | None = option(
-        None, "probability that an utterance gets noise or reverberation (none: 0.6)", ge=0, le=1
+        None, "probability of noise or reverberation for an utterance (none: 0.6)", ge=0, le=1
     )
     reverb: float | None = option(None, "share of these with reverberation alone", ge=0, le=1)
     both: float | None = option(None, "share of these with reverberation and noise on top", ge=0, le=1)
@@ -88,39 +91,28 @@ class AugmentConfig:
     music: float | None = option(None, "weight of music", ge=0)
     talker: float | None = option(None, "weight of one talker", ge=0)
     babble: float | None = option(None, "weight of several talkers", ge=0)
-    by_recording: bool | None = option(
-        None, "multiply the weights by the number of recordings: every file equally likely"
-    )
-    noise_snr: list[float] | None = option(
-        None, "dB, [lowest, highest] of a range, or more than two values to choose from"
-    )
+    by_recording: bool | None = option(None, "weights times numbers of recordings: every file equally likely")
+    noise_snr: list[float] | None = option(None, "dB, [lowest, highest], or three values and more to choose from")
     music_snr: list[float] | None = option(None, "dB, the same for music")
     talker_snr: list[float] | None = option(None, "dB, the same for one talker")
     babble_snr: list[float] | None = option(None, "dB, the same for babble: of the sum, or of each talker")
     talkers: list[int] | None = option(None, "recordings in a babble, [fewest, most]")
     talkers_apart: bool | None = option(None, "each talker of a babble at an SNR of its own")
-    power_floor: float | None = option(
-        None, "added to the mean squares of speech and noise when the SNR is set (full scale 1)", ge=0
-    )
+    power_floor: float | None = option(None, "added to both mean squares when the SNR is set (full scale: 1)", ge=0)
     rir: Literal["aligned", "unit_energy"] | None = option(
-        None, "aligned: direct sound in place, level kept; unit_energy: energy 1, as it is"
+        None, "aligned: direct sound in place, level kept; or of energy 1, as it is"
     )
-    level: Literal["kept", "power", "peak"] | None = option(
-        None, "of the augmented: as mixed, the power of before, or peak 1"
-    )
-    gain_db: list[float] | None = option(
-        None, "random gain of every utterance, dB, [lowest, highest]; never beyond full scale"
-    )
-    rir_seconds: float = option(1.0, "seconds of an impulse response that are used", gt=0)
+    level: Literal["kept", "power", "peak"] | None = option(None, "as mixed, the power of before, or peak 1")
+    gain_db: list[float] | None = option(None, "random gain, dB, [lowest, highest]; never beyond full scale")
+    rir_seconds: float = option(1.0, "seconds of an impulse response that are used", ge=0.01, le=20)
     lowpass: float = option(0.0, "probability of a low-pass filter", ge=0, le=1)
     lowpass_hz: list[float] = option([2000.0, 7000.0], "its cut-off, Hz, [lowest, highest]")
     telephone: float = option(0.0, "probability of a telephone band: 8 kHz, 300 to 3400 Hz, G.711", ge=0, le=1)
     telephone_law: Literal["mu", "a", "both"] = option("both", "law of G.711; both: equally likely")
     dither: float = option(0.0, "deviation of white noise on every crop, steps of 16-bit samples (WeSpeaker: 1)", ge=0)
     speed: list[float] = option([], "playing speeds drawn from, e.g. [1.0, 0.9, 1.1]; empty for none")
-    speed_labels: bool = option(
-        False, "each speed is a speaker of its own: class = speaker + S * index in augment.speed"
-    )
+    speed_labels: bool = option(False, "each speed is a speaker of its own: class speaker + S * index in speed")
+    speed_classes: int | None = option(None, "speeds that the head has classes for; null: those of speed_labels", ge=1)
     spec_augment: bool = option(False, "mask frequency bands and time spans of each crop's features")
     spec_probability: float = option(1.0, "probability that an utterance is masked", ge=0, le=1)
     frequency_masks: int = option(2, "bands that are masked", ge=0)
@@ -234,6 +226,7 @@ class OptimConfig:
     weight_decay: float = option(0.0, "weight decay", ge=0)
     head_weight_decay: float | None = option(None, "weight decay of the loss's parameters; null: weight_decay", ge=0)
     momentum: float = option(0.9, "momentum of sgd", ge=0, lt=1)
+    network_lr: float = option(1.0, "factor on the network's rate beside that of the head; for fine-tuning", gt=0)
     nesterov: bool = option(False, "sgd with Nesterov's momentum")
     lr_batch: int = option(
         0, "utterances of the global batch that lr is meant for: the rate is lr * N * M / lr_batch; 0: lr", ge=0
@@ -275,6 +268,12 @@ class TrainConfig:
     resume: str = option("auto", "auto, never, or the path of a checkpoint")
     resume_override: bool = option(False, "continue although options that shape the result have changed")
     initial_model: str | None = option(None, "weights to start from: a checkpoint of spknet or voxceleb_trainer")
+    initial_weights: Literal["averaged", "trained"] = option(
+        "averaged", "which weights of initial_model, where it has averages"
+    )
+    frozen: str | list[str] | None = option(
+        None, "parts of the network that are not trained, by the beginnings of their names"
+    )
     allow_partial: bool = option(False, "start although initial_model lacks weights or has others")
     timeout_seconds: float = option(
         600.0, "seconds without a step of some rank, saving included, until it is named and the run stops", gt=0

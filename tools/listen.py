@@ -20,14 +20,14 @@ import numpy as np
 import soundfile
 import torch
 
-from shards.format import ShardError, atomic_write
-from spknet import config as configuration
-from spknet.config import Config, ConfigError
+from shards.format import atomic_write
+from spknet.config import Config
 from spknet.data.batches import Steps
 from spknet.data.corpus import Corpus
 from spknet.data.mixing import mix
-from spknet.data.sampler import SamplerError
+from spknet.errors import UserError, run
 from spknet.models.features import Spectrum
+from spknet.options import parse
 from spknet.parallel.ranks import Ranks
 
 BANDS = 80  # mel bands of the picture
@@ -39,10 +39,12 @@ def heard(config: Config, step: int, number: int) -> list[dict]:
     corpus = Corpus.open(config.data, config.train.seed, config.augment)
     steps = Steps(config, corpus, Ranks())
     batch = steps[step]
+    if isinstance(batch, UserError):
+        raise batch
     crops, augment, labels, _ = batch.to(torch.device("cpu"))
     waves = mix(crops, augment, steps.samples, torch.float32)
     epoch, m = step // corpus.sampler.steps, config.data.utterances_per_speaker
-    speed_slots = np.repeat(batch.slots[::m], m) if corpus.classes_per_speaker > 1 else None
+    speed_slots = np.repeat(batch.slots[::m], m) if steps.speed_labels else None
     texts = steps.augmenter.describe(epoch, batch.slots, speed_slots)
     masks = augment.get("masks")
     return [
@@ -126,11 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen, words = parser.parse_known_args(argv)
     if chosen.number < 1 or chosen.step < 0:
         parser.error("--number is at least 1, --step at least 0")
-    try:
-        crops = heard(configuration.parse(words), chosen.step, chosen.number)
-    except (ConfigError, ShardError, SamplerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    crops = heard(parse(words), chosen.step, chosen.number)
     chosen.out.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, crop in enumerate(crops):
@@ -146,4 +144,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

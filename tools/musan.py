@@ -19,16 +19,18 @@ import gzip
 import os
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from shards.format import ShardError, atomic_write, remove_leftovers
+from shards import errors
+from shards.format import atomic_write, remove_leftovers
 from shards.pack import pack
 from spknet import rng
-from tools.voxceleb.download import Access, DownloadError, fetch_all
+from tools.voxceleb.download import Access, fetch_all
 from tools.voxceleb.extract import ArchiveError, check_members, name_problem
 from tools.voxceleb.files import read_checksums
 
@@ -92,7 +94,7 @@ def unpack_gzip(archive: Path) -> Path:
                     raise ArchiveError(
                         f"{archive} unpacks to more than {LARGEST_TAR >> 30} GiB: it is not MUSAN; nothing was kept"
                     )
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
         raise ArchiveError(f"{archive}: cannot be unpacked ({error}): download it again, or make room") from None
     return out
 
@@ -112,7 +114,7 @@ def musan_entries(archive: Path) -> Iterator[tuple[str, str, str]]:
                 parts = member.name.removeprefix("./").split("/")
                 if member.isreg() and len(parts) == 4 and parts[1] in CATEGORIES and parts[3].endswith(".wav"):
                     yield parts[1], "/".join(parts[1:]).removesuffix(".wav"), f"{archive}::{member.name}"
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OSError) as error:
         raise ArchiveError(f"{archive}: not a whole tar archive ({error}): download it again") from None
 
 
@@ -182,6 +184,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return errors.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> None:
     options = parser().parse_args(argv)
     options.shards = options.shards or options.save_path / "shards"
     unknown = set(options.sets.split(",")) - {"musan", "rirs"}
@@ -189,16 +195,11 @@ def main(argv: list[str] | None = None) -> int:
         parser().error(f"--sets {','.join(sorted(unknown))}: expected musan, rirs or both")
     if not 0 <= options.test_share < 1:
         parser().error(f"--test-share {options.test_share}: expected 0 (no test noise) to 1")
-    try:
-        options.checksums = read_checksums(options.checksums) if options.checksums else {}
-        if options.step in ("download", "all"):
-            download(options)
-        if options.step in ("pack", "all"):
-            pack_all(options)
-    except (DownloadError, ArchiveError, ShardError, OSError) as error:
-        print(f"musan: {error}", file=sys.stderr)
-        return 1
-    return 0
+    options.checksums = read_checksums(options.checksums) if options.checksums else {}
+    if options.step in ("download", "all"):
+        download(options)
+    if options.step in ("pack", "all"):
+        pack_all(options)
 
 
 if __name__ == "__main__":

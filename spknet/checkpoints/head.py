@@ -204,7 +204,9 @@ def _fill(parameter, key: str, content: dict, optimizer, rows: tuple[torch.Tenso
     for name, value in content["moments"].get(key, {}).items() if optimizer is not None else ():
         state = optimizer.state[parameter]
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            state[name] = value
+            state[name] = (
+                value.clone() if isinstance(value, torch.Tensor) else value
+            )  # counted up in place, by each piece
             continue
         if name not in state:
             state[name] = torch.zeros_like(parameter)

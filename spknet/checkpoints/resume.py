@@ -24,7 +24,7 @@ from spknet.data.presets import composition
 # may lie elsewhere, but must be the same (their fingerprint is that of the data); a length may change where no rate hangs on it.
 MAY_CHANGE = re.compile(
     r"run_dir|data\.(train_shards|train_list|train_root|workers|cache_dir|cache_gib)|augment\.(noise|rir)_shards"
-    r"|loss\.sharded|train\.(epochs|max_steps|save_\w+|keep_checkpoints|resume\w*|initial_model|allow_partial|timeout_seconds|profile|threads)"
+    r"|loss\.sharded|train\.(epochs|max_steps|save_\w+|keep_checkpoints|resume\w*|initial_\w+|allow_partial|timeout_seconds|profile|threads)"
     r"|(eval|log)\..*"
 )
 LENGTH_MATTERS = ("cosine", "warmup_cosine", "exponential")  # optim.schedule: rates that hang on the last step's number
@@ -151,24 +151,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: Path) -> 
         raise CheckpointError(
             f"{path}: its optimizer does not fit this run's: {str(error).splitlines()[0] if str(error) else 'damaged'}"
         ) from error
-
-
-def load_head_by_speaker(loss, state: dict[str, Any], speakers: list[str], labels) -> dict[str, torch.Tensor]:
-    """The checkpoint's loss parameters with the rows of a classification head moved to where this run's speakers are.
-
-    Rows of speakers that the checkpoint does not know keep their initial values; each must be trained.
-    """
-    old_labels = dict(zip(state["speakers"], state["labels"]))
-    merged = {}
-    for name, value in loss.state_dict().items():
-        theirs = state["loss"].get(name)
-        if theirs is None or theirs.shape[1:] != value.shape[1:]:
-            merged[name] = value
-        elif theirs.dim() == 0 or theirs.shape[0] != max(old_labels.values(), default=-1) + 1:
-            merged[name] = theirs if theirs.shape == value.shape else value
-        else:
-            merged[name] = value.clone()
-            for speaker, label in zip(speakers, labels):
-                if speaker in old_labels:
-                    merged[name][int(label)] = theirs[old_labels[speaker]]
-    return merged

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints import head
+from spknet.checkpoints.averages import with_averages
 from spknet.checkpoints.file import CheckpointError
-from spknet.checkpoints.resume import load_head_by_speaker
+from spknet.checkpoints.heads import kept, load_head_by_speaker
 from spknet.config import ModelConfig
 from spknet.losses.classification import Classifier
 from spknet.losses.sharded import Sharded
@@ -184,10 +185,10 @@ def load_into(model: nn.Module, loss: nn.Module | None, state: dict, allow_parti
     return notes
 
 
-def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[str]:
+def load_initial(task, path: str, corpus, allow_partial: bool = False, weights: str = "averaged") -> list[str]:
     """Starts a run from the weights of a checkpoint of spknet (a run folder or a file) or of voxceleb_trainer.
 
-    task: has `model` and `loss`; corpus: its `utterances` name the speakers, so that a head of spknet finds its rows. Returns
+    weights: "averaged", where the checkpoint has averages, or "trained". task: has `model` and `loss`; corpus: its `utterances` name the speakers, so that a head of spknet finds its rows. Returns
     notes; raises CheckpointError where the network does not fit.
     """
     if Path(path).is_dir():
@@ -202,6 +203,7 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
         return [start, *load_into(task.model, task.loss, state, allow_partial)]
     if not isinstance(state.get("model"), dict) or not isinstance(state.get("loss"), dict):
         raise CheckpointError(f"{path} lacks the weights of its network or loss; give another checkpoint")
+    state = with_averages(state, weights)
     rate, ours = checkpoint.sample_rate(state), task.model.sample_rate
     if rate != ours and not allow_partial:
         raise CheckpointError(
@@ -221,11 +223,14 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False) -> list[s
     )
     notes = _load(task.model, fitting, misfit, "network", allow_partial)
     speakers = [str(name) for name in corpus.utterances.speakers]
+    labels = corpus.utterances.labels
     if isinstance(task.loss, Sharded) or ("head" in state and isinstance(task.loss, Classifier)):
-        head.initialize(task.loss, path, state, speakers, corpus.utterances.labels)
+        head.initialize(task.loss, path, state, speakers, labels)
     else:
-        task.loss.load_state_dict(load_head_by_speaker(task.loss, state, speakers, corpus.utterances.labels))
-    return [start, *notes]
+        rows = load_head_by_speaker(task.loss, state, speakers, labels, corpus.classes_per_speaker)
+        task.loss.load_state_dict(rows)
+    has_rows = isinstance(task.loss, Sharded) or any(value.dim() for value in task.loss.state_dict().values())
+    return [start, *notes, *([kept(state, speakers)] if has_rows else [])]
 
 
 def _load(module: nn.Module, found: dict[str, Tensor], misfit: Misfit, what: str, allow_partial: bool) -> list[str]:

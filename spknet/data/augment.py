@@ -75,7 +75,7 @@ class Augmenter:
 
         speed_slots: (n,), what the speed is drawn by (the slots): equal ones get the same speed. Returns speed (n,) percent
         and speed_of_P (places at P percent); masks (n, 2 K, 2); noise (k, samples) int16 with noise_of (k,) places in the
-        batch and noise_snr (k,) dB; rir (j, rir_samples) int16 with rir_of (j,); augmented (n,) bool; gain_db (n,);
+        batch and noise_snr (k,) dB; rir (j, rir_samples) int16 with rir_of (j,); augmented: places; gain_db (n,);
         lowpass_of, lowpass_hz; telephone_of, telephone_law; dither (n,), keys; mixing.
         """
         drawn = self.draw(epoch, slots, speed_slots)
@@ -120,7 +120,7 @@ class Augmenter:
                 drawn.rir_of = np.flatnonzero(wet[drawn.kind])
                 drawn.rir_rows, _ = self._rows(self.rir, uniform, "rir", slots[drawn.rir_of], 0)
             if self.composition.level != "kept":
-                drawn.tensors["augmented"] = drawn.kind >= 0
+                drawn.tensors["augmented"] = np.flatnonzero(drawn.kind >= 0)
         self._draw_channel(drawn.tensors, uniform)
         if c.dither:
             drawn.tensors["dither"] = dither.keys(self.seed, epoch, slots)
@@ -271,8 +271,15 @@ def _open(path: str | None, sample_rate: int, categories: set[str], option: str)
 
 
 def classes_per_speaker(config: AugmentConfig) -> int:
-    """How many classes of a classification head each speaker has: one for each speed with `speed_labels`."""
-    return len(config.speed) if config.speed_labels and config.speed else 1
+    """How many classes of a classification head each speaker has: one for each speed with `speed_labels`.
+
+    Raises ConfigError where augment.speed_classes has no room for the speeds.
+    """
+    drawn = len(config.speed) if config.speed_labels and config.speed else 1
+    classes = drawn if config.speed_classes is None else config.speed_classes
+    if classes < drawn:
+        raise ConfigError(f"augment.speed_classes={classes}: augment.speed has {drawn} speeds; give at least {drawn}")
+    return classes
 
 
 def noise_fingerprint(config: AugmentConfig) -> str:

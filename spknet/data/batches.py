@@ -77,6 +77,7 @@ class Steps(torch.utils.data.Dataset):
         rate = corpus.utterances.sample_rate
         self.samples = round(config.data.crop_seconds * rate)
         self.augmenter = Augmenter(config.augment, config.train.seed, self.samples, rate)
+        self.speed_labels = config.augment.speed_labels and bool(config.augment.speed)
         self.workers = config.data.workers
         self.ring: list[torch.Tensor] = []  # a worker's own
 
@@ -99,7 +100,7 @@ class Steps(torch.utils.data.Dataset):
         speakers = np.searchsorted(utterances.speaker_rows, rows[:, 0], side="right") - 1
         draws = np.stack([rng.uniform(self.seed, epoch, f"loss {i}", slots[:, 0]) for i in range(2)], axis=1)
         labels, speed_slots = utterances.labels[speakers].astype(np.int64), None
-        if self.corpus.classes_per_speaker > 1:
+        if self.speed_labels:
             # All utterances of a speaker in a batch at one speed: they are one class.
             speed_slots = np.repeat(slots[:, :1], slots.shape[1], axis=1).reshape(-1)
             labels = labels + self.corpus.n_labels * self.augmenter.speed_index(epoch, slots[:, 0])

@@ -90,6 +90,7 @@ class Corpus:
             seed=seed,
             balanced=data.epoch == "balanced",
             excluded=kept_out,
+            plan=data.plan,
         )
         augment = augment or AugmentConfig()
         noise, classes = noise_fingerprint(augment), classes_per_speaker(augment)

@@ -33,25 +33,28 @@ class Mixing:
 def mix(crops: torch.Tensor, augment: dict[str, torch.Tensor], samples: int, dtype: torch.dtype) -> torch.Tensor:
     """Augmented waves in [-1, 1], (n, samples), of int16 crops (n, >= samples) and the tensors of `Augmenter.read`."""
     how = augment.get("mixing", Mixing())
-    waves = crops.to(dtype) / 32768
+    waves = crops.to(dtype).mul_(1 / 32768)  # exact, and a tensor of our own that may be written to
     if "speed" in augment:
         waves = _change_speed(waves, augment, samples)
-    before = waves = waves[:, :samples]
+    waves = waves[:, :samples]
+    touched = augment.get("augmented", ())  # places whose level is set afterwards
+    power = _power(waves[touched]) if len(touched) and how.level == "power" else None
     if len(augment.get("rir", ())):
         reverberate = _reverberate if how.rir == "aligned" else _convolve_unit_energy
-        waves = waves.index_copy(0, augment["rir_of"], reverberate(waves[augment["rir_of"]], augment["rir"].to(dtype)))
+        these = augment["rir_of"]
+        waves[these] = reverberate(waves[these], augment["rir"].to(dtype))
     if len(augment.get("noise", ())):
-        waves = _add_noise(waves, augment, how)
-    if "augmented" in augment:
-        waves = torch.where(augment["augmented"][:, None], _levelled(waves, before, how.level), waves)
+        _add_noise(waves, augment, how)
+    if len(touched):
+        waves[touched] = _levelled(waves[touched], power)
     if "gain_db" in augment:
         waves = _gain(waves, augment["gain_db"].to(dtype))
     if len(augment.get("lowpass_of", ())):
         these = augment["lowpass_of"]
-        waves = waves.index_copy(0, these, low_pass(waves[these], augment["lowpass_hz"].to(dtype) / how.rate))
+        waves[these] = low_pass(waves[these], augment["lowpass_hz"].to(dtype) / how.rate)
     if len(augment.get("telephone_of", ())):
         these = augment["telephone_of"]
-        waves = waves.index_copy(0, these, telephone(waves[these], augment["telephone_law"], how.rate))
+        waves[these] = telephone(waves[these], augment["telephone_law"], how.rate)
     if "dither" in augment:
         waves = dither.add(waves, augment["dither"], how.dither)
     return waves
@@ -61,17 +64,19 @@ def _power(waves: torch.Tensor) -> torch.Tensor:
     return waves.square().mean(dim=1, keepdim=True)
 
 
-def _add_noise(waves: torch.Tensor, augment: dict[str, torch.Tensor], how: Mixing) -> torch.Tensor:
-    clean, floor = waves, how.power_floor
-    first = 0
+def _add_noise(waves: torch.Tensor, augment: dict[str, torch.Tensor], how: Mixing) -> None:
+    """Adds to `waves` in place. The level is that of the speech before any noise, whatever the number of layers."""
+    floor, first, power = how.power_floor, 0, None
     for size in how.layers or (len(augment["noise"]),):
         rows = slice(first, first + size)
         these, first = augment["noise_of"][rows], first + size
-        noise = augment["noise"][rows].to(waves.dtype) / 32768
-        ratio = (_power(clean[these]) + floor) / (_power(noise) + floor).clamp_min(1e-10)
+        speech, noise = waves[these], augment["noise"][rows].to(waves.dtype).mul_(1 / 32768)
+        if len(how.layers) > 1:
+            power = _power(waves) if power is None else power  # layers after the first find noise there
+        clean = _power(speech) if power is None else power[these]
+        ratio = (clean + floor) / (_power(noise) + floor).clamp_min(1e-10)
         ratio = ratio / 10 ** (augment["noise_snr"][rows].to(waves.dtype)[:, None] / 10)
-        waves = waves.index_copy(0, these, waves[these] + noise * ratio.sqrt())
-    return waves
+        waves[these] = speech + noise * ratio.sqrt()
 
 
 def _reverberate(waves: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
@@ -90,10 +95,11 @@ def _convolve_unit_energy(waves: torch.Tensor, responses: torch.Tensor) -> torch
     return convolve(waves, responses / energy.sqrt())[:, : waves.shape[1]]
 
 
-def _levelled(waves: torch.Tensor, before: torch.Tensor, level: str) -> torch.Tensor:
-    if level == "peak":
+def _levelled(waves: torch.Tensor, power: torch.Tensor | None) -> torch.Tensor:
+    """Waves of the given power, or divided by their peaks."""
+    if power is None:
         return waves / (waves.abs().amax(dim=1, keepdim=True) + PEAK_FLOOR)
-    return waves * (_power(before) / _power(waves).clamp_min(1e-10)).sqrt()
+    return waves * (power / _power(waves).clamp_min(1e-10)).sqrt()
 
 
 def _gain(waves: torch.Tensor, gain_db: torch.Tensor) -> torch.Tensor:

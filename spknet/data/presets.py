@@ -95,41 +95,26 @@ def composition(config: AugmentConfig) -> Composition:
 
 
 def _check(c: Composition) -> None:
-    for name, value in (("probability", c.probability), ("reverb", c.reverb), ("both", c.both)):
-        _in_range(name, value, 0, 1)
     if (c.reverb or 0) + c.both > 1:
         raise ConfigError(f"augment.reverb={c.reverb} and augment.both={c.both}: shares add up to 1 at most")
     for name in SOURCES:
-        _in_range(name, getattr(c, name), 0, float("inf"))
         snr = getattr(c, f"{name}_snr")
         if len(snr) < 2 or (len(snr) == 2 and snr[0] > snr[1]):
             raise ConfigError(f"augment.{name}_snr={list(snr)}: expected [lowest, highest] in dB, or more values")
-    _in_range("power_floor", c.power_floor, 0, 1)
     if len(c.talkers) != 2 or not 1 <= c.talkers[0] <= c.talkers[1] <= 32:
         raise ConfigError(f"augment.talkers={list(c.talkers)}: expected [fewest, most], between 1 and 32")
     _ordered("gain_db", c.gain_db, -100, 100, empty=True)
 
 
 def _check_options(config: AugmentConfig) -> None:
-    for name in ("lowpass", "telephone", "spec_probability", "frequency_width", "time_width"):
-        _in_range(name, getattr(config, name), 0, 1)
     _ordered("lowpass_hz", config.lowpass_hz, 50, float("inf"))
-    _in_range("dither", config.dither, 0, 32768)
-    _in_range("rir_seconds", config.rir_seconds, 0.01, 20)
-    for name in ("frequency_masks", "time_masks"):
-        _in_range(name, getattr(config, name), 0, 100)
     if any(not 0.5 <= speed <= 2 or round(speed * 100, 6) % 1 for speed in config.speed):
         raise ConfigError(f"augment.speed={config.speed}: speeds lie between 0.5 and 2, in steps of 0.01")
-    if config.speed_labels and (1.0 not in config.speed or len(set(config.speed)) < len(config.speed)):
+    if config.speed_labels and (config.speed[:1] != [1.0] or len(set(config.speed)) < len(config.speed)):
         raise ConfigError(
-            f"augment.speed_labels: augment.speed={config.speed} must hold 1.0, and each speed once; for instance"
-            " [1.0, 0.9, 1.1]"
+            f"augment.speed_labels: augment.speed={config.speed} must begin with 1.0 and hold each speed once; for"
+            " instance [1.0, 0.9, 1.1]"
         )
-
-
-def _in_range(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:
-        raise ConfigError(f"augment.{name}={value} must lie between {low} and {high}")
 
 
 def _ordered(name: str, values, low: float, high: float, empty: bool = False) -> None:

@@ -22,6 +22,7 @@ import hashlib
 import numpy as np
 
 from spknet import rng
+from spknet.data.dealing import CROSSING, LARGE, Deal, crossing
 from spknet.errors import UserError
 
 
@@ -72,11 +73,21 @@ class Sampler:
 
     speaker_rows: (S+1,), the rows of speaker s are [speaker_rows[s], speaker_rows[s+1]); excluded: (S,) bool, speakers
     that never stand in a batch; cap: utterances of a speaker used in one epoch; balanced: every speaker the same number
-    of groups, whatever it has. Raises SamplerError where fewer than N speakers have M utterances.
+    of groups, whatever it has; plan: table (4 bytes an utterance), formula (spknet.data.dealing), or auto: a table up to
+    2^24 utterances. Raises SamplerError where fewer than N speakers have M utterances.
     """
 
     def __init__(
-        self, speaker_rows, *, speakers_per_batch, utterances_per_speaker, cap, seed, balanced=False, excluded=None
+        self,
+        speaker_rows,
+        *,
+        speakers_per_batch,
+        utterances_per_speaker,
+        cap,
+        seed,
+        balanced=False,
+        excluded=None,
+        plan="auto",
     ):
         self.n_speakers, self.n_utterances, self.cap = speakers_per_batch, utterances_per_speaker, cap
         self.seed, self.balanced = seed, balanced
@@ -99,11 +110,15 @@ class Sampler:
         self.steps = steps_per_epoch(groups, speakers_per_batch)
         self.groups = np.minimum(groups, self.steps)
         self.lost_fraction = 1 - self.groups.sum() / groups.sum()  # of all groups, lost to "once in each batch"
+        large = self.steps * speakers_per_batch * utterances_per_speaker >= LARGE
+        large &= crossing(self.groups, speakers_per_batch) < CROSSING
+        self.formula = large if plan == "auto" else plan == "formula"
         self._plan = (None, None)
 
     def fingerprint(self) -> str:
         """Digest of everything the batches depend on but the step."""
         settings = f"{self.n_speakers} {self.n_utterances} {self.cap} {self.seed} {self.balanced}"
+        settings += " formula" if self.formula else ""
         digest = hashlib.sha256(settings.encode())
         for part in (self.counts, self.excluded):
             digest.update(np.ascontiguousarray(part).tobytes())
@@ -111,13 +126,20 @@ class Sampler:
 
     def plan(self, epoch: int) -> np.ndarray:
         """The epoch's batches: rows of the data set, (B, N, M) uint32 (4 bytes an utterance)."""
+        if self.formula:
+            return np.stack([self.batch(epoch, step) for step in range(self.steps)])
+        return self._of(epoch)
+
+    def _of(self, epoch: int) -> np.ndarray | Deal:
+        """The table, or what stands for it, of an epoch; the last one is kept."""
         if self._plan[0] != epoch:
-            self._plan = (epoch, self._deal_epoch(epoch))
+            self._plan = (None, None)  # not both at once
+            self._plan = (epoch, Deal(self, epoch) if self.formula else self._deal_epoch(epoch))
         return self._plan[1]
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """Rows of the global batch of one step of an epoch, (N, M)."""
-        return self.plan(epoch)[step]
+        return self._of(epoch).batch(step) if self.formula else self._of(epoch)[step]
 
     def slots(self, step: int) -> np.ndarray:
         """Positions within the epoch of the utterances of one step, (N, M): what crops and augmentation are keyed by."""

@@ -9,8 +9,9 @@ the sum by pieces: c_ip = log sum_{j in p} exp(l_ij) is a number that piece p al
     log sum_j exp(l_ij) = M_i + log sum_p exp(c_ip - M_i),    M_i = max_p c_ip.
 
 The maximum is exact in any order; the sum over p is taken in the tree's one order; l_iy is known to one piece, and zeros
-are added for the others. So all that ranks exchange is the batch's embeddings and labels (each rank needs all B), and
-(P, 4, B) numbers in float64: c, l_iy, and the best logit with its class for the accuracy. (A constant shift s in place of
+are added for the others. So all that ranks exchange is the batch's embeddings and labels (each rank needs all B), and four
+float64 numbers of each utterance and piece: c, l_iy, and the best logit with its class for the accuracy. They go to the
+rank whose utterance it is, which combines them and tells all (a gather to all ranks would be W times as much). (A constant shift s in place of
 a maximum per piece would save a pass over the logits, but exp(l - s) leaves float32 for s > 40, and for s = 32 already
 where all cosines with large margins are low; a maximum of its own makes each c_ip as good as its logits are.)
 
@@ -44,7 +45,7 @@ from spknet.losses.base import Loss
 from spknet.losses.classification import Classifier
 from spknet.losses.sampled import rows_only, sample
 from spknet.parallel.gather import gather_rows, world_size
-from spknet.parallel.tree import Tree, gather_pieces, owned, sum_for_owners, tree_sum
+from spknet.parallel.tree import Tree, exchange_pieces, gather_pieces, owned, sum_for_owners, tree_sum
 
 BLOCK = 1 << 20  # initial weights drawn at a time
 
@@ -163,9 +164,10 @@ class Sharded(Loss):
             best = cosines.topk(min(k, cosines.shape[1]), dim=1)
             offers[self._place(piece), 0, :, : best.values.shape[1]] = best.values.double()
             offers[self._place(piece), 1, :, : best.values.shape[1]] = piece.classes(best.indices).double()
-        cosines, classes = gather_pieces(offers, self.n_pieces).permute(1, 2, 0, 3).flatten(2)  # each (B, P k)
+        cosines, classes = exchange_pieces(offers, self.n_pieces).permute(1, 2, 0, 3).flatten(2)  # each (own rows, P k)
         cosines, order = cosines.sort(dim=1, descending=True, stable=True)
-        return torch.where(cosines > -1.5, classes.gather(1, order).long(), -1)[:, :k]  # -2: the right class, or none
+        best = torch.where(cosines > -1.5, classes.gather(1, order).long(), -1)  # -2: the right class, or none
+        return gather_rows(best[:, :k].contiguous())
 
     def statistics(self, piece: Piece, leaves: list[Tensor], targets: Tensor, hardest: Tensor | None) -> Tensor:
         """(4, B) float64: what the piece adds to the loss (two numbers), the best logit, its class."""
@@ -177,7 +179,7 @@ class Sharded(Loss):
         return torch.stack([part.double() for part in told])
 
     def combine(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """From every piece's two numbers, (P, B) each: the loss (B,), and what `pull` needs, (B,)."""
+        """From every piece's two numbers, (P, rows) each: the loss (rows,), and what `pull` needs, (rows,)."""
         highest = first.amax(dim=0)
         total = highest + tree_sum((first - highest).exp()).log()
         return total - tree_sum(second), total
@@ -227,9 +229,10 @@ class _Head(torch.autograd.Function):
         told[:, 1] = 0
         for piece in head.active:
             told[head._place(piece)] = head.statistics(piece, [x, *shared, *piece.parameters()], targets, hardest)
-        first, second, best, winner = gather_pieces(told, head.n_pieces).unbind(1)  # each (P, B)
-        loss, total = head.combine(first, second)
+        first, second, best, winner = exchange_pieces(told, head.n_pieces).unbind(1)  # each (P, own rows)
         winner = torch.where(best == best.amax(dim=0), winner, torch.inf).amin(dim=0)  # equal logits: the lowest class
+        every = gather_rows(torch.stack([*head.combine(first, second), winner], dim=1))
+        loss, total, winner = every.unbind(1)  # each (B,)
         ctx.head, ctx.rows = head, own.shape
         ctx.save_for_backward(x, targets, total, *([] if hardest is None else [hardest]))
         accuracy = 100 * (winner == targets).double().mean()

@@ -5,12 +5,13 @@
     block1-3  12, 24, 16 layers of growth 32; a 1x1 convolution (transit) halves the channels after each
     pool      mean and deviation · 1x1 -> embedding · norm without parameters, whose output is the embedding
 
-A layer: norm, ReLU, 1x1 to 128, norm, ReLU = h, then a convolution over 3 frames of h (dilation 1, 2, 2 by block) times a gate
-made from mean(h) + the mean of h over windows of 100 frames (2 s); the result joins the input's channels. The last window is as
-short as the utterance leaves it. So embeddings of long audio cut into pieces agree only where cuts fall on multiples of 2 s.
+A layer: norm, ReLU, 1x1 to 128, norm, ReLU = h, then a convolution over 3 frames of h (dilation 1, 2, 2 by block)
+times a gate made from mean(h) + the mean of h over windows of 100 frames (2 s); the result joins the input's
+channels. The last window is as short as the utterance leaves it. So embeddings of long audio cut into pieces agree
+only where cuts fall on multiples of 2 s.
 
-Variants: `wespeaker` adds 1e-7 to the variance; `3dspeaker` nothing, and its models for Chinese have 192 dimensions. Names of
-parameters are those of both projects, the same in both.
+Variants: `wespeaker` adds 1e-7 to the variance; `3dspeaker` nothing, and its models for Chinese have 192 dimensions.
+Names of parameters are those of both projects, the same in both.
 
     CAMPlusPlus(ModelConfig(name="CAM++"))(waves)  # (batch, samples) -> (batch, 512)
 """

@@ -1,12 +1,12 @@
-"""DF-ResNet ("Gemini"): deep and narrow, with twice as fine frames as ResNet (Liu et al., 2023 and 2024): 60, 114, 183 and 237 layers.
+"""DF-ResNet60, 114, 183 and 237: deep and narrow (B. Liu et al., 2022), strides of "Gemini" (T. Liu et al., 2024).
 
     stem        3x3, 32 channels, norm, ReLU
-    stage 1-4   before each a 3x3 convolution and norm without activation: bands / 2 each time, frames / 2 before the second;
-                32, 64, 128, 256 channels
-    pool        mean and deviation of 256 channels x 5 bands · Linear 256
+    stage 1-4   32, 64, 128, 256 channels; before each a 3x3 convolution and a norm without activation: bands / 2 each
+                time, frames / 2 before the second
+    pool        mean and deviation of 256 channels x 5 bands, frames 20 ms apart · Linear 256
 
-A block widens fourfold by 1x1, norm, ReLU; filters each channel by 3x3, norm, ReLU; narrows by 1x1, norm; plus the input, ReLU.
-Names of parameters are WeSpeaker's.
+A block widens fourfold by 1x1, norm, ReLU; filters each channel by 3x3, norm, ReLU; narrows by 1x1, norm; plus the
+input, ReLU. Names of parameters are WeSpeaker's.
 
     DFResNet114(ModelConfig(name="DF-ResNet114"))(waves)  # (batch, samples) -> (batch, 256)
 """

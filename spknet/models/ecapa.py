@@ -1,12 +1,14 @@
-"""ECAPA-TDNN (Desplanques et al., 2020, arXiv 2005.07143), 512 or 1024 channels, in the three versions that people have weights of.
+"""ECAPA-TDNN (Desplanques et al., 2020, arXiv 2005.07143) in the three versions that people have weights of.
+
+512 or 1024 channels C; frames stay 10 ms apart.
 
     layer1    convolution over 5 frames, bands -> C
-    layer2-4  SE-Res2 blocks, C -> C, dilations 2, 3, 4: 1x1 · Res2 over 8 groups of C/8 · 1x1 · squeeze and excitation · + input
+    layer2-4  SE-Res2 blocks, dilations 2, 3, 4: 1x1 · Res2 over 8 groups of C/8 · 1x1 · squeeze and excitation · + input
     conv      1x1 of the three blocks' outputs, 3C -> 1536, ReLU
     pool      attentive statistics with global context · norm · Linear 192
 
-Every layer is convolution with bias, ReLU, norm. In Res2 each group but one goes through a convolution over 3 frames of its own
-that also sees the group before it.
+Every layer is convolution with bias, ReLU, norm. In Res2 each group but one goes through a convolution over 3 frames
+of its own that also sees the group before it.
 
     model.variant              wespeaker            speechbrain                    taoruijie
     input of blocks 2, 3       the block before     the block before               the sum of layer1 and all blocks before
@@ -17,8 +19,9 @@ that also sees the group before it.
     after the last layer       -                    -                              norm
     padding                    zeros                reflection                     zeros
 
-`speechbrain` leaves padding out of means, deviations and attention when it is given `lengths`; convolutions still see it, so
-that the embedding of a padded row is near the one it has alone, not equal. Names of parameters are WeSpeaker's; `renames` has the others'.
+`speechbrain` leaves padding out of means, deviations and attention when it is given `lengths`; convolutions still see
+it, so that the embedding of a padded row is near the one it has alone, not equal. Names of parameters are
+WeSpeaker's; `renames` has the others'.
 
     ECAPA1024(ModelConfig(name="ECAPA-1024"))(waves)  # (batch, samples) -> (batch, 192)
 """

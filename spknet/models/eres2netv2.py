@@ -1,17 +1,17 @@
-"""ERes2NetV2: Res2Net blocks whose groups, and last two stages, are fused by attention (Chen et al., 2024, arXiv 2406.02167).
+"""ERes2NetV2: Res2Net whose groups and last two stages are fused by attention (Chen et al., 2024, arXiv 2406.02167).
 
-    stem     3x3, 64 channels, ReLU
+    stem       3x3, 64 channels, ReLU
     stage 1-4  3, 4, 6, 3 blocks of 64, 128, 256, 512 channels, twice as many at the end; strides as in ResNet34
-    fuse34   stage 4 and stage 3's output, the latter through a 3x3 convolution of stride 2
-    pool     mean and deviation of channels x bands · Linear 192
+    fuse34     stage 4's output and stage 3's, the latter through a 3x3 convolution of stride 2
+    pool       mean and deviation of channels x bands · Linear 192
 
-A block: 1x1 with the stride, then groups of width floor(channels * 26 / 64). The first goes through 3x3, norm, ReLU; each further one
-joins the result of the one before, by a sum in stages 1 and 2 and by attention in 3 and 4, then 3x3, norm, ReLU. 1x1, plus the
-input. Every ReLU of the blocks is clipped at 20. Attention: a local network of 1x1 convolutions gives g in (0, 2), and
-fuse(x, y) = g x + (2 - g) y.
+A block: 1x1 with the stride, then groups of width floor(channels * 26 / 64). The first goes through 3x3, norm, ReLU;
+each further one joins the result of the one before, by a sum in stages 1 and 2 and by attention in 3 and 4, then 3x3,
+norm, ReLU. 1x1, plus the input. Every ReLU of the blocks is clipped at 20. Attention: a local network of 1x1
+convolutions gives g in (0, 2), and fuse(x, y) = g x + (2 - g) y.
 
-Variants: `w26s2e2` (two groups; the model of the paper) and `w24s4e4` (four groups of width 24/64, four times as many channels at
-the end), both 3D-Speaker's, whose names of parameters these are.
+Variants: `w26s2e2` (two groups; the model of the paper) and `w24s4e4` (four groups of width 24/64, four times as many
+channels at the end), both 3D-Speaker's, whose names of parameters these are.
 
     ERes2NetV2(ModelConfig(name="ERes2NetV2"))(waves)  # (batch, samples) -> (batch, 192)
 """

@@ -101,7 +101,7 @@ class Spectrum(nn.Module):
     @torch.no_grad()
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
         """waves: (batch, samples) in [-1, 1] -> (batch, bands, frames), in the precision of the buffers."""
-        with torch.autocast(waves.device.type, enabled=False):
+        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
             waves = waves.to(self.window.dtype) * self.scale
             if self.taps is not None:
                 waves = pre_emphasis(waves, self.taps)
@@ -122,4 +122,5 @@ class Spectrum(nn.Module):
         spectrum = torch.stft(
             waves, self.n_fft, self.hop, len(self.window), self.window, center=False, return_complex=True
         )
-        return torch.view_as_real(spectrum.mT).square().sum(dim=-1)
+        parts = torch.view_as_real(spectrum.mT)
+        return parts[..., 0].square() + parts[..., 1].square()  # a sum over an axis of 2 takes five times as long

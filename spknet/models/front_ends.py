@@ -65,7 +65,7 @@ def emphasize(waves: Tensor) -> Tensor:
 class FrontEnd(nn.Module):
     """waves (batch, samples) in [-1, 1] -> (batch, bands, frames). hop: samples between frames.
 
-    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks. A subclass says the window, the filters and
+    masks (batch, 2 K, 2): SpecAugment, see spknet.models.features.apply_masks. A subclass says the window, the filters and
     `energies`. Tables are made anew with the network, so they are in no checkpoint.
     """
 
@@ -96,7 +96,7 @@ class FrontEnd(nn.Module):
     @torch.compiler.disable  # complex numbers are not compiled anyway: break the graph once, here, without a warning
     @torch.no_grad()
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
-        with torch.autocast(waves.device.type, enabled=False):
+        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
             waves = waves.to(self.window.dtype)
             if waves.shape[1] < self.length:
                 waves = waves.repeat(1, -(-self.length // waves.shape[1]))[:, : self.length]
@@ -114,7 +114,8 @@ class FrontEnd(nn.Module):
     def power(self, frames: Tensor) -> Tensor:
         """|DFT|^2 of windowed frames: (batch, frames, n_fft / 2 + 1)."""
         spectrum = torch.fft.rfft(frames * self.window, self.n_fft)
-        return torch.view_as_real(spectrum).square().sum(dim=-1)
+        parts = torch.view_as_real(spectrum)
+        return parts[..., 0].square() + parts[..., 1].square()  # a sum over an axis of 2 takes five times as long
 
 
 class Kaldi(FrontEnd):

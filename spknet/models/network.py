@@ -14,15 +14,16 @@
         def embed_frames(self, x):                          # (batch, channels, frames) -> (batch, embedding_size)
             return self.seg_1(self.pool(x))
 
-`frames` runs in the precision of the autocast, `embed_frames` in its parameters': statistics in bfloat16 lose what they measure.
+`frames` runs in the precision of the autocast, `embed_frames` in its parameters': statistics in bfloat16 lose what
+they measure.
 
-Frames. A pooling that needs a deviation needs two frames, so a network that strides time by s needs s + 1 frames of features
-(ResNet34: 9). Fewer are repeated from the first on until there are enough. Batches hold utterances of one length: training
-crops them so and evaluation groups them so. Padding would be frames like any others; only a network that `takes_lengths`
-(SpeechBrain's ECAPA-TDNN) can leave it out, the others refuse `lengths`.
+Frames. A pooling that needs a deviation needs two frames, so a network that strides time by s needs s + 1 frames of
+features (ResNet34: 9). Fewer are repeated from the first on until there are enough. Batches hold utterances of one
+length: training crops them so and evaluation groups them so. Padding would be frames like any others; only a network
+that `takes_lengths` (SpeechBrain's ECAPA-TDNN) can leave it out, the others refuse `lengths`.
 
-Names of parameters are the official project's wherever one class serves all variants; where they are not, `renames` turns
-theirs into ours, as pairs of a pattern and its replacement. `from_official` applies them.
+Names of parameters are the official project's wherever one class serves all variants; where they are not, `renames`
+turns theirs into ours, as pairs of a pattern and its replacement. `from_official` applies them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from spknet.models.pooling import POOLINGS, fewest_frames
 class Network(nn.Module):
     """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size).
 
-    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks. Raises ConfigError for a variant it does not have.
+    masks (batch, 2 K, 2): SpecAugment, see spknet.models.features.apply_masks. Raises ConfigError for a variant it does not have.
     """
 
     encoders: tuple[str, ...] = tuple(POOLINGS)
@@ -95,7 +96,7 @@ class Network(nn.Module):
             )
         x = repeat_frames(features, self.fewest_frames).mT
         x = self.frames(x) if lengths is None else self.frames(x, lengths)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             x = x.to(next(self.parameters()).dtype)
             return self.embed_frames(x) if lengths is None else self.embed_frames(x, lengths)
 

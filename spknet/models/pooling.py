@@ -192,7 +192,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] < self.fewest:
             x = x.repeat(1, 1, self.fewest)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return self.fc(self.encoder(x.to(self.fc.weight.dtype)))
 
 

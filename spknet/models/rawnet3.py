@@ -70,6 +70,10 @@ class SincFilters(nn.Module):
     def forward(self, waves: Tensor) -> Tensor:
         return F.conv1d(waves[:, None], self.filters(), stride=self.stride)
 
+    @staticmethod
+    def multiply_adds(output: Tensor) -> int:
+        return output.numel() * TAPS
+
 
 class FilterBank(nn.Module):
     """waves (batch, samples) -> normalised log magnitudes (batch, channels, frames); masks as in spknet.models.features."""
@@ -82,7 +86,7 @@ class FilterBank(nn.Module):
         self.sinc = SincFilters(channels // 2, stride, sample_rate)
 
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
-        with torch.autocast(waves.device.type, enabled=False):
+        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
             waves = pre_emphasis(waves.to(self.sinc.low.dtype) * self.scale, self.taps)
             x = (self.sinc(self.norm(waves[:, None])[:, 0]).abs() + 1e-6).log()
             return apply_masks(x - x.mean(dim=2, keepdim=True), masks)
@@ -137,7 +141,7 @@ class RawNet3(nn.Module):
 
     Encoders: ECA weighs each channel and frame, ASP each frame; both see the whole utterance's mean and deviation. The others are
     those of spknet.models.pooling.
-    masks (batch, 4, 2): SpecAugment on the learned filter bank.
+    masks (batch, 2 K, 2): SpecAugment on the learned filter bank.
     """
 
     encoders = ("ECA", "ASP", "TAP", "MAX", "TSTP", "TSDP", "ASTP", "ASTP-GLOB", "MQMHA")

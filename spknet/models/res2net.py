@@ -1,8 +1,9 @@
-"""Res2Net with clipped activations, and the blocks that ERes2NetV2 shares: Res2Net34 (Gao et al., 2021), as WeSpeaker has it.
+"""Res2Net34: groups of channels that see one another, clipped activations (Gao et al., 2021), as WeSpeaker has it.
 
-As ResNet34 (spknet/models/resnet.py) in stem, stages and pooling. A block is a 1x1 convolution that takes the stride, groups of
-channels that each go through a 3x3 convolution and also see the group before, and a 1x1 convolution to twice the channels.
-Res2Net34 has two groups of channels / 2 and leaves the last as it is. ReLU is clipped at 20 in blocks; the stem's is plain.
+As ResNet34 (spknet/models/resnet.py) in stem, stages and pooling. A block is a 1x1 convolution that takes the stride,
+groups of channels that each go through a 3x3 convolution and also see the group before, and a 1x1 convolution to
+twice the channels. Res2Net34 has two groups of channels / 2 and leaves the last as it is. ReLU is clipped at 20 in
+blocks; the stem's is plain.
 
     Res2Net34(ModelConfig(name="Res2Net34"))(waves)  # (batch, samples) -> (batch, 256)
 """

@@ -5,12 +5,12 @@
     2, 3, 4  64, 128, 256 channels, each first block / 2      40, T/2 · 20, T/4 · 10, T/8, rounded up
     pooling over time, channels x bands flattened -> Linear 256
 
-A basic block is 3x3, norm, ReLU, 3x3, norm, plus the input, ReLU. A bottleneck is 1x1, 3x3, 1x1 with four times as many channels
-at the end. Where shape changes, the input goes through a 1x1 convolution and a norm.
+A basic block is 3x3, norm, ReLU, 3x3, norm, plus the input, ReLU. A bottleneck is 1x1, 3x3, 1x1 with four times as
+many channels at the end. Where shape changes, the input goes through a 1x1 convolution and a norm.
 
-Variants: `wespeaker` adds 1e-7 to the variance, `3dspeaker` 1e-8 and has a second embedding layer (`two_emb_layer`): ReLU, norm
-without parameters, Linear; its output is the embedding. WeSpeaker had it as an option until July 2022. Names of parameters are
-those of both projects.
+Variants: `wespeaker` adds 1e-7 to the variance, `3dspeaker` 1e-8 and has a second embedding layer (`two_emb_layer`):
+ReLU, norm without parameters, Linear; its output is the embedding. WeSpeaker had it as an option until July 2022.
+Names of parameters are those of both projects.
 
     ResNet34(ModelConfig(name="ResNet34"))(waves)  # (batch, samples) -> (batch, 256)
 """

@@ -81,7 +81,7 @@ class Block(nn.Module):
 class ResNetSE(nn.Module):
     """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size); the layout is the subclass's.
 
-    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks.
+    masks (batch, 2 K, 2): SpecAugment, see spknet.models.features.apply_masks.
     """
 
     encoders = tuple(POOLINGS)

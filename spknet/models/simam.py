@@ -1,12 +1,12 @@
-"""SimAM-ResNet: a wide ResNet of basic blocks with attention without parameters (Yang et al., 2021; Qin et al., 2022): 34 and 100.
+"""SimAM-ResNet34 and 100: a wide ResNet with attention without parameters (Yang et al., 2021; Qin et al., 2022).
 
-As ResNet34 in stem and stages, with 64 to 512 channels (`model.width` 0.5: WeSpeaker's in_planes 32). After the second norm of a
-block each value is weighed by how far it stands out from its channel's mean over bands and frames,
+As ResNet34 in stem and stages, with 64 to 512 channels (`model.width` 0.5: WeSpeaker's in_planes 32). After the
+second norm of a block each value is weighed by how far it stands out from its channel's mean over bands and frames,
 
     x * sigmoid(d / (4 (v + 1e-4)) + 0.5)        d = (x - mean)^2        v = sum(d) / (bands * frames - 1)
 
-so a gate depends on how much is in the utterance, padding included. Pooling: attentive statistics (ASP) of 512 channels x 10 bands.
-WeSpeaker's names of parameters are ours but for `renames`.
+so a gate depends on how much is in the utterance, padding included. Pooling: attentive statistics (ASP) of 512
+channels x 10 bands. WeSpeaker's names of parameters are ours but for `renames`.
 
     SimAMResNet34(ModelConfig(name="SimAM-ResNet34"))(waves)  # (batch, samples) -> (batch, 256)
 """

@@ -23,7 +23,7 @@ FRAMES_FOR_TWO = 95  # and two of these
 class VGGVox(nn.Module):
     """waves (batch, samples) in [-1, 1] -> embeddings (batch, embedding_size). Its analysis window is Hann by default.
 
-    masks (batch, 4, 2): SpecAugment, see spknet.models.features.apply_masks. Crops of less than 0.62 s (0.94 s for TSTP, TSDP and ASTP-GLOB) are repeated. Raises ConfigError for other than 40 mel bands.
+    masks (batch, 2 K, 2): SpecAugment, see spknet.models.features.apply_masks. Crops of less than 0.62 s (0.94 s for TSTP, TSDP and ASTP-GLOB) are repeated. Raises ConfigError for other than 40 mel bands.
     """
 
     encoders = tuple(POOLINGS)

@@ -40,6 +40,24 @@ def gather_pieces(own: Tensor, pieces: int) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(every, counts)])
 
 
+def exchange_pieces(own: Tensor, pieces: int) -> Tensor:
+    """Every piece's value for this rank's rows, own (pieces of this rank, k, rows of all ranks, ...) ->
+    (pieces, k, own rows, ...).
+
+    One all-to-all. What is then combined row by row, and gathered, moves W times fewer bytes than with `gather_pieces`.
+    """
+    world = gather.world_size()
+    if world == 1:
+        return own
+    counts = [len(owned(pieces, rank)) for rank in range(world)]
+    by_rank = own.unflatten(2, (world, -1)).movedim(2, 0)
+    sent = own.new_zeros((world, max(counts), *by_rank.shape[2:]))
+    sent[:, : len(own)] = by_rank
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    return torch.cat([part[:count] for part, count in zip(received, counts)])
+
+
 def tree_sum(parts: Tensor) -> Tensor:
     """Sum over the first axis, a power of two long, in the order above."""
     while len(parts) > 1:

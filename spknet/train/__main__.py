@@ -19,11 +19,10 @@ import traceback
 from pathlib import Path
 
 import torch
-import yaml
 
-from shards.format import atomic_write, remove_leftovers
+from shards.format import remove_leftovers
 from spknet import config as configuration
-from spknet.checkpoints.file import remove_orphans
+from spknet.checkpoints.file import path_of, remove_orphans, steps
 from spknet.config import Config
 from spknet.data.batches import LoaderLost, of_loader
 from spknet.errors import INTERRUPTED, USAGE, UserError
@@ -32,8 +31,10 @@ from spknet.parallel.ranks import Ranks, here, join, meet
 from spknet.parallel.together import Failed, agree, gather_objects, on_first, sentence, together
 from spknet.parallel.watchdog import REQUEUE, Failure, Watchdog
 from spknet.train import run_folder, voxceleb_trainer
-from spknet.train.run_folder import StopSignals, read_state, write_state
+from spknet.train.lock import Owner, hold
+from spknet.train.run_folder import write_state
 from spknet.train.sidelines import Sidelines
+from spknet.train.signals import StopSignals
 from spknet.train.trainer import NonFiniteLoss, Trainer
 
 # Words of collectives (gloo, NCCL) and of the store whose other end is gone.
@@ -52,18 +53,21 @@ class Run:
     def __init__(self):
         self.config: Config | None = None
         self.trainer: Trainer | None = None
-        self.owner: contextlib.ExitStack | None = None  # rank 0, from the lock on
-        self.refused = True  # until every check has passed
+        self.owner: Owner | None = None  # on rank 0, from the lock on
+        self.held = contextlib.ExitStack()
+        self.begun = False  # whether every check has passed
 
     def report(self, failure: Failure) -> None:
         """On rank 0: state.json after a failure. A command that was refused leaves another run's folder as it is."""
         if self.config is None or self.config.run_dir is None or not here().first:
             return
-        if self.owner is None and read_state(self.config.run_dir) is not None:
-            return
-        with contextlib.suppress(OSError):  # the disk may be what has failed
-            Path(self.config.run_dir).mkdir(parents=True, exist_ok=True)
-            write_state(self.config.run_dir, failure.state, self.trainer.step if self.trainer else 0, failure.reason)
+        token = self.owner.token if self.owner else None
+        with contextlib.suppress(OSError, UserError):  # the disk may be what has failed, or the path may be no folder
+            if self.begun:
+                write_state(self.config.run_dir, failure.state, self.trainer.step, failure.reason, token)
+            else:
+                Path(self.config.run_dir).mkdir(parents=True, exist_ok=True)
+                run_folder.refuse(self.config.run_dir, failure.reason, token)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,8 +110,7 @@ def _watched(run: Run, words, error: UserError | None, stop: StopSignals) -> int
         watchdog.stop()
         for child in multiprocessing.active_children():
             child.kill()
-        if run.owner is not None:
-            run.owner.close()
+        run.held.close()
 
 
 def _failed(run: Run, error: BaseException, watchdog: Watchdog) -> int:
@@ -149,37 +152,41 @@ def _run(run: Run, config: Config, me: Ranks, watchdog: Watchdog, stop: StopSign
     trainer = Trainer(config, me)
     on_first("taking the run folder", lambda: _own(run, config), share=False)
     trainer.resume()
-    run.trainer, run.refused = trainer, False
     places = gather_objects((socket.gethostname(), _device_name(me)))
-    on_first("writing to the run folder", lambda: _describe(config, places), share=False)
+    run.trainer = trainer
+    on_first("writing to the run folder", lambda: _begin(run, places), share=False)
+    run.begun = True
     for warning in trainer.corpus.warnings():
         say(f"warning: {warning}")
-    with Sidelines(trainer, watchdog, stop) as side:
+    with Sidelines(trainer, run.owner, watchdog, stop) as side:
         stopped_by = trainer.train(side)
-    on_first("ending", lambda: _end(config, trainer, stopped_by), share=False)
+    on_first("ending", lambda: _end(run, stopped_by), share=False)
     return REQUEUE if stopped_by else 0
 
 
 def _own(run: Run, config: Config) -> None:
-    owner = contextlib.ExitStack()
-    owner.enter_context(run_folder.owned(config.run_dir))
-    run.owner = owner
-    remove_leftovers(Path(config.run_dir) / "checkpoints")  # of a run killed while it saved
-    remove_orphans(config.run_dir)
+    run.owner = run.held.enter_context(hold(config.run_dir))
 
 
-def _describe(config: Config, places: list[tuple[str, str]]) -> None:
+def _begin(run: Run, places: list[tuple[str, str]]) -> None:
+    """Every check has passed: from here on this run writes into its folder."""
     hosts, devices = zip(*places)
-    folder = Path(config.run_dir)
-    write_state(folder, "running", 0, "starting")
-    run_folder.write_json(folder / "record.json", run_folder.record(list(devices), list(hosts)))
-    with atomic_write(folder / "config.yaml") as file:
-        file.write(yaml.safe_dump(configuration.to_dict(config), sort_keys=False).encode())
+    run_dir, start, notes = Path(run.config.run_dir), run.trainer.continues, []
+    remove_leftovers(run_dir / "checkpoints")  # of a run killed while it saved
+    remove_orphans(run_dir)
+    there = [path_of(run_dir, step) for step in steps(run_dir)]
+    if there and start != there[0]:  # the next start would take what stands there for this run's
+        notes += run_folder.set_aside(run.owner, start if start in there else None)
+    about = run_folder.record(list(devices), list(hosts))
+    notes += run_folder.begin(run.owner, configuration.to_dict(run.config), about, run.trainer.step)
+    for note in notes:
+        say(note)
 
 
-def _end(config: Config, trainer: Trainer, stopped_by: str | None) -> None:
-    write_state(config.run_dir, "requeue" if stopped_by else "done", trainer.step, stopped_by or "")
-    say(f"stopped by {stopped_by} at step {trainer.step}" if stopped_by else f"done: {config.run_dir}")
+def _end(run: Run, stopped_by: str | None) -> None:
+    step = run.trainer.step
+    write_state(run.config.run_dir, "requeue" if stopped_by else "done", step, stopped_by or "", run.owner.token)
+    say(f"stopped by {stopped_by} at step {step}" if stopped_by else f"done: {run.config.run_dir}")
 
 
 def _device_name(me: Ranks) -> str:

@@ -29,10 +29,6 @@ class Averaging:
     """Averages of one module; does nothing with both options at 0. Raises ConfigError where both are given."""
 
     def __init__(self, config: TrainConfig, module: nn.Module, steps_per_epoch: int, total_steps: int):
-        if config.average_epochs < 0 or not 0 <= config.ema < 1:
-            raise ConfigError(
-                f"train.average_epochs={config.average_epochs} is at least 0, train.ema={config.ema} in [0, 1)"
-            )
         if config.average_epochs and config.ema:
             raise ConfigError(
                 f"train.average_epochs={config.average_epochs} and train.ema={config.ema}: give one of the two"

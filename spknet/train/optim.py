@@ -52,12 +52,18 @@ def build_optimizer(config: OptimConfig, parameters, head=(), shards=()) -> torc
         )
     trained, head, shards = ([p for p in part if p.requires_grad] for part in (parameters, head, shards))
     decay = config.weight_decay if config.head_weight_decay is None else config.head_weight_decay
-    groups = [{"params": trained}, {"params": head, "weight_decay": decay}]
-    if config.head_weight_decay is None:  # one group, as before there was such an option
+    groups = [{"params": trained, "lr_factor": config.network_lr}, {"params": head, "weight_decay": decay}]
+    if config.head_weight_decay is None and config.network_lr == 1:  # one group, as before there were such options
         groups = [{"params": trained + head}]
     if shards:
         groups.append({"params": shards, "weight_decay": decay})
     return OPTIMIZERS[config.name]([group for group in groups if group["params"]], config)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of a step for all groups; the network's by optim.network_lr of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_factor", 1.0)
 
 
 def finite_gradients(parameters) -> torch.Tensor:

@@ -155,24 +155,19 @@ def carries_on(run_dir: str | Path) -> bool:
     )
 
 
-def set_aside(owner: Owner, keep: Path | None = None) -> list[str]:
-    """Moves what an earlier run left in the folder to RUN/before-1 (2, ...), where this one does not go on from its newest
-    checkpoint: the next start would take that one for its own. keep: the checkpoint that is gone on from; then logs and
-    evaluations stay as well. Returns what there is to say.
+def set_aside(owner: Owner) -> list[str]:
+    """Moves what an earlier run left in the folder to RUN/before-1 (2, ...), when one is begun anew there: the next start would
+    go on from its checkpoints. Returns what there is to say.
     """
     owner.check()
     folder = owner.run_dir
-    paths = [path for path in (folder / "checkpoints").glob("step-*") if keep is None or path.stem != keep.stem]
-    if keep is None:
-        paths += [folder / name for name in ("metrics.jsonl", "tensorboard", "eval", "profile")]
-    paths = [path for path in paths if path.exists()]
-    if not paths:
+    if not any((folder / "checkpoints").glob("step-*")):
         return []
     aside = _unused(folder, "before-")
-    for path in paths:
-        target = aside / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+    aside.mkdir()
+    for name in ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "profile"):
+        if (folder / name).exists():
+            os.replace(folder / name, aside / name)
     return [f"begun anew in {folder}; what stood there is kept in {aside}"]
 
 

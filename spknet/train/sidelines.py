@@ -20,16 +20,18 @@ from spknet.losses.sharded import Sharded
 from spknet.messages import Progress, say
 from spknet.parallel.together import broadcast, on_first
 from spknet.parallel.watchdog import Watchdog
+from spknet.train.lock import Owner
 from spknet.train.metrics_log import Meter, MetricsLog, profiler
-from spknet.train.run_folder import StopSignals, write_state
+from spknet.train.run_folder import write_state
+from spknet.train.signals import StopSignals
 from spknet.train.trainer import Trainer
 
 
 class Sidelines:
     """One for a run on a rank; rank 0's has the log."""
 
-    def __init__(self, trainer: Trainer, watchdog: Watchdog, stop: StopSignals):
-        self.trainer, self.watchdog, self.stop = trainer, watchdog, stop
+    def __init__(self, trainer: Trainer, owner: Owner | None, watchdog: Watchdog, stop: StopSignals):
+        self.trainer, self.owner, self.watchdog, self.stop = trainer, owner, watchdog, stop
         self.config, self.first = trainer.config, trainer.me.first
         self.run_dir = Path(self.config.run_dir)
         self.meter, self.log = Meter(), None
@@ -39,7 +41,7 @@ class Sidelines:
         t = self.trainer
         with contextlib.ExitStack() as stack:
             if self.first:
-                self.log = MetricsLog(self.run_dir, t.step, self.config.log.tensorboard)
+                self.log = MetricsLog(self.run_dir, t.step, self.config.log.tensorboard, self.owner)
                 stack.callback(self.log.close)
             self.progress = stack.enter_context(Progress(t.total_steps, t.step, shown=self.first))
             self.trace = stack.enter_context(profiler(self.run_dir, self.config.train.profile and self.first))
@@ -106,8 +108,9 @@ class Sidelines:
         t = self.trainer
         self.log.sync()
         best = t.best and t.best["step"]
-        checkpoint.save(self.run_dir, t.state() | head, self.config.train.keep_checkpoints, best)
-        write_state(self.run_dir, "running", t.step)
+        keep = self.config.train.keep_checkpoints
+        checkpoint.save(self.run_dir, t.state() | head, keep, best, self.owner.check)
+        write_state(self.run_dir, "running", t.step, "", self.owner.token)
 
     def evaluation_due(self) -> bool:
         c, t = self.config.eval, self.trainer

@@ -14,6 +14,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from spknet.config import ConfigError
 from spknet.data.augment import mix
 from spknet.data.batches import Batch
 from spknet.parallel.gradients import AveragedGradients
@@ -28,6 +29,31 @@ class SpeakerTask(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
         self.utterances_per_speaker, self.half = utterances_per_speaker, AUTOCAST.get(precision)
+        self.frozen: list[nn.Module] = []
+
+    def freeze(self, names: str | list[str] | None) -> None:
+        """Parts of the network that are not trained, by the beginnings of their names; their BatchNorm stays as it is.
+
+        Raises ConfigError for a name that the network has not.
+        """
+        for name in [names] if isinstance(names, str) else names or []:
+            inside = [p for own, p in self.model.named_parameters() if own == name or own.startswith(name + ".")]
+            if not inside:
+                parts = ", ".join(own for own, _ in self.model.named_children())
+                raise ConfigError(
+                    f"train.frozen {name}: the network has no such part; it has {parts}, and parts of these"
+                )
+            for parameter in inside:
+                parameter.requires_grad_(False)
+            self.frozen += [part for own, part in self.model.named_modules() if own == name]
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        """As ever, but frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def embed(self, waves: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
         """(n, samples) -> (n, dimensions), at least float32."""

@@ -11,7 +11,6 @@ evaluation) hangs on its side: spknet/train/sidelines.py. The command is spknet/
 from __future__ import annotations
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,8 @@ from spknet import rng
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints import head as pieces
 from spknet.checkpoints import voxceleb_trainer
-from spknet.checkpoints.resume import check_resume, load_head_by_speaker
+from spknet.checkpoints.heads import load_head_by_speaker
+from spknet.checkpoints.resume import check_resume, load_optimizer
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches
 from spknet.data.corpus import Corpus
@@ -40,18 +40,11 @@ from spknet.parallel.ranks import Ranks
 from spknet.parallel.together import agree, gather_objects, on_first, together
 from spknet.train import run_folder
 from spknet.train.averaging import Averaging
-from spknet.train.optim import build_optimizer, clip_gradients, finite_gradients, learning_rate, margin
+from spknet.train.optim import build_optimizer, clip_gradients, finite_gradients, learning_rate, margin, set_rate
 from spknet.train.step import SpeakerTask, prepare, step_at_once, step_in_chunks, train_batchnorm
 
 if TYPE_CHECKING:
     from spknet.train.sidelines import Sidelines
-
-
-RESTARTS = (
-    "SLURM_RESTART_COUNT",
-    "TORCHELASTIC_RESTART_COUNT",
-    "SPKNET_RESTART_COUNT",
-)  # how often a launcher began again
 
 
 class NonFiniteLoss(RuntimeError):
@@ -93,6 +86,7 @@ class Trainer:
         self.task = SpeakerTask(model, loss, per_speaker, c.train.precision).to(self.me.device, self.dtype)
         if c.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
+        self.task.freeze(c.train.frozen)
         self.optimizer = build_optimizer(c.optim, model.parameters(), loss.parameters(), loss.shards())
         self.scaler = torch.amp.GradScaler(self.me.device.type, enabled=c.train.precision == "fp16")
         self.averaging = Averaging(c.train, self.task, self.steps_per_epoch, self.total_steps)
@@ -102,26 +96,23 @@ class Trainer:
 
     def resume(self) -> None:
         """Continues the run's newest checkpoint, or starts from other weights, as train.resume and initial_model say."""
-        c, state, path = self.config.train, None, None
-        restarted = any(int(os.environ.get(name) or 0) > 0 for name in RESTARTS)
-        if c.resume == "auto" or restarted or (c.resume != "never" and _has_checkpoints(self.config.run_dir)):
-            # A run that is started again by its launcher goes on where it was, even if it began anew or from elsewhere.
-            path = on_first("looking for the newest checkpoint", lambda: _newest(self.config.run_dir))
-        if path is None and c.resume not in ("auto", "never"):
-            path = c.resume
+        c = self.config.train
+        path = on_first("looking for the newest checkpoint", lambda: _starting_point(c.resume, self.config.run_dir))
+        self.continues = None if path is None else Path(path)
         with together("reading the checkpoint"):
             if path is not None:
                 state = checkpoint.read(path)
-                check_resume(state, path, self.config, self.corpus.fingerprint())
+                notes = check_resume(state, path, self.config, self.corpus.fingerprint(), self.facts())
                 self._load(state, path)
-                say(f"continuing {path} at step {self.step}")
+                for note in [f"continuing {path} at step {self.step}", *notes]:
+                    say(note)
             elif c.initial_model:
-                notes = voxceleb_trainer.load_initial(self.task, c.initial_model, self.corpus, c.allow_partial)
-                for note in notes:
+                how = (c.allow_partial, c.initial_weights)
+                for note in voxceleb_trainer.load_initial(self.task, c.initial_model, self.corpus, *how):
                     say(note)
 
     def _load(self, state: dict, path: str) -> None:
-        self.task.model.load_state_dict(state["model"])
+        checkpoint.load_weights(self.task.model, state["model"], f"{path}: the network")
         moved = state["data_fingerprint"] != self.corpus.fingerprint()
         speakers, loss = (self.speakers(), self.corpus.utterances.labels), self.task.loss
         if isinstance(loss, Sharded):
@@ -131,11 +122,17 @@ class Trainer:
         elif "head" in state:
             raise checkpoint.CheckpointError(f"{path} has a head in pieces: continue with --loss.sharded true")
         else:
-            loss.load_state_dict(load_head_by_speaker(loss, state, *speakers) if moved else state["loss"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            speeds = self.corpus.classes_per_speaker
+            rows = load_head_by_speaker(loss, state, *speakers, speeds) if moved else state["loss"]
+            checkpoint.load_weights(loss, rows, f"{path}: the loss")
+            load_optimizer(self.optimizer, state["optimizer"], path)
         self.scaler.load_state_dict(state["scaler"])
         self.averaging.load(state.get("averaging"))
         self.step, self.window, self.best, self.seconds = (state[k] for k in ("step", "window", "best", "seconds"))
+
+    def facts(self) -> dict:
+        """What a resume compares: it changes the last bits, and is no option."""
+        return {"CPU threads": torch.get_num_threads(), "torch": str(torch.__version__), "ranks": self.me.world_size}
 
     def state(self) -> dict:
         """What a checkpoint holds, a head in pieces apart."""
@@ -155,6 +152,7 @@ class Trainer:
             "labels": self.corpus.utterances.labels.tolist(),
             "data_fingerprint": self.corpus.fingerprint(),
             "versions": run_folder.versions(),
+            "facts": self.facts(),
             "window": self.window,
             "best": self.best,
             "seconds": self.seconds,
@@ -186,9 +184,7 @@ class Trainer:
     def _set_rates(self) -> None:
         c = self.config
         utterances = c.data.speakers_per_batch * c.data.utterances_per_speaker
-        rate = learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps, utterances)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps, utterances))
         self.task.loss.margin, self.task.loss.step = margin(c.loss, self.step, self.steps_per_epoch), self.step
 
     def _update(self, loss, accuracy, side: Sidelines, batch: Batch, waves) -> list[bool]:
@@ -263,10 +259,10 @@ class Trainer:
         self._saved_step, self.saved_at = self.step, time.monotonic()
 
 
-def _has_checkpoints(run_dir: str) -> bool:
-    return on_first("looking for checkpoints", lambda: any(Path(run_dir).glob("checkpoints/step-*")))
-
-
-def _newest(run_dir: str) -> str | None:
-    match = checkpoint.newest(Path(run_dir), warn=warn)
-    return str(match[0]) if match else None
+def _starting_point(resume: str, run_dir: str) -> str | None:
+    """The checkpoint to go on from; a start that carries on with an interrupted one always takes the newest."""
+    if resume == "auto" or run_folder.carries_on(run_dir):
+        match = checkpoint.newest(run_dir, warn=warn)
+        if match or resume in ("auto", "never"):
+            return str(match[0]) if match else None
+    return None if resume == "never" else resume

@@ -160,7 +160,8 @@ def _values(flags: argparse.Namespace, version: str, notes: list[str]) -> dict[s
     if flags.mixedprec:
         values["train"]["precision"] = "fp16"
     if flags.augment:
-        values["augment"] = {"noise_shards": flags.musan_path, "rir_shards": flags.rir_path}
+        shards = {"noise_shards": flags.musan_path, "rir_shards": flags.rir_path}
+        values["augment"] = {"preset": "voxceleb_trainer", **shards}
     notes += _remarks(flags)
     return values
 

@@ -98,6 +98,16 @@ def test_options_of_spknet_beside_the_flags_beat_them():
         legacy.translate(["--model", "ResNetSE34L", "--optim.lr"])
 
 
+def test_augment_draws_as_voxceleb_trainer_does(tmp_path):
+    for name in ("musan", "rir"):
+        (tmp_path / name / "index").mkdir(parents=True)
+        (tmp_path / name / "index" / "index.json").touch()
+    paths = f"--musan_path {tmp_path}/musan --rir_path {tmp_path}/rir"
+    done = legacy.translate(words(f"--model ResNetSE34L --trainfunc softmax --augment True {paths}"))
+    assert done.config.augment.preset == "voxceleb_trainer"
+    assert done.config.augment.noise_shards == f"{tmp_path}/musan"
+
+
 def test_a_yaml_file_beats_the_command_line_and_its_unknown_keys_are_said(tmp_path):
     path = tmp_path / "ResNetSE34L_AM.yaml"
     path.write_text(
@@ -316,10 +326,11 @@ def test_a_checkpoint_of_spknet_starts_a_run_and_its_head_finds_the_speakers(tmp
     config = ModelConfig(**SMALL, embedding_size=16)
     old, old_loss = own_checkpoint(tmp_path / "a.pt", config, LossConfig(name="softmax"), ["ann", "bob", "cid"])
     task = SimpleNamespace(model=build_model(config), loss=build_loss(LossConfig(name="softmax"), 16, 2, 1))
-    corpus = SimpleNamespace(utterances=SimpleNamespace(speakers=["cid", "dan"], labels=[0, 1]))
+    corpus = SimpleNamespace(utterances=SimpleNamespace(speakers=["cid", "dan"], labels=[0, 1]), classes_per_speaker=1)
     fresh = task.loss.weight[1].clone()
     notes = legacy.load_initial(task, str(tmp_path / "a.pt"), corpus)
-    assert notes == [f"starting from the weights of {tmp_path / 'a.pt'}"]
+    head = "head: rows of 1 speakers kept, those of 1 begin anew"
+    assert notes == [f"starting from the weights of {tmp_path / 'a.pt'}", head]
     assert torch.equal(task.model.head.fc.weight, old.head.fc.weight)
     assert torch.equal(task.loss.weight[0], old_loss.weight[2]) and torch.equal(task.loss.weight[1], fresh)
     task.model = build_model(ModelConfig(**SMALL, embedding_size=8))

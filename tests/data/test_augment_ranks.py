@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from spknet import config
 from spknet.data.batches import Steps
 from spknet.data.corpus import Corpus
 from spknet.data.presets import PRESETS
 from spknet.losses import LOSSES
+from spknet.options import parse
 from spknet.parallel.ranks import Ranks
 from tests.ranks import train
 
@@ -58,8 +58,8 @@ def test_each_loss_with_every_augmentation_is_the_same_on_1_and_2_ranks(loss, pr
 @pytest.mark.parametrize("utterances", [1, 2])
 def test_the_class_of_a_speed_is_the_speaker_plus_s_times_its_index(options, utterances):
     words = ["--augment.speed", "[1.0, 0.9, 1.1]", "--data.utterances_per_speaker", str(utterances)]
-    plain = config.parse([*options, *words])
-    classes = config.parse([*options, *words, "--augment.speed_labels", "true"])
+    plain = parse([*options, *words])
+    classes = parse([*options, *words, "--augment.speed_labels", "true"])
     corpus = Corpus.open(classes.data, 0, classes.augment)
     assert corpus.n_labels == 12 and corpus.n_classes == 36
     steps, before = Steps(classes, corpus, Ranks()), Steps(plain, Corpus.open(plain.data, 0, plain.augment), Ranks())

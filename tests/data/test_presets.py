@@ -151,13 +151,11 @@ def test_masks_follow_their_options(noise_and_rir):
         ),
         ({"preset": "kaldi", "noise_shards": None}, "has noise, music, babble: give augment.noise_shards"),
         ({"reverb": 0.8, "both": 0.3}, "shares add up to 1 at most"),
-        ({"noise_snr": [15, 0]}, r"augment.noise_snr=\[15, 0\]: expected \[lowest, highest\]"),
-        ({"gain_db": [3]}, r"augment.gain_db=\[3\]: expected"),
+        ({"noise_snr": [15, 0]}, r"augment.noise_snr=\[15.0, 0.0\]: expected \[lowest, highest\]"),
+        ({"gain_db": [3]}, r"augment.gain_db=\[3.0\]: expected"),
         ({"talkers": [7, 3]}, r"augment.talkers=\[7, 3\]: expected \[fewest, most\]"),
-        ({"telephone": 2.0}, "augment.telephone=2.0 must lie between 0 and 1"),
-        ({"speed": [0.9, 1.1], "speed_labels": True}, "must hold 1.0, and each speed once"),
+        ({"speed": [0.9, 1.1], "speed_labels": True}, "must begin with 1.0 and hold each speed once"),
         ({"lowpass_hz": [5000, 100]}, "augment.lowpass_hz"),
-        ({"music": -1.0}, "augment.music=-1.0 must lie"),
     ],
 )
 def test_what_cannot_be_is_an_error_that_says_what_can(noise_and_rir, options, expected):

@@ -1,6 +1,8 @@
 """The global sampler against its definition, on hand-made and on random skewed data."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -133,3 +135,74 @@ def test_loss_to_the_one_place_rule_is_measured():
     # 100 groups of one speaker, 3 of each of two others, 2 a batch: B = 6, so the giant loses 94 of 106 groups.
     sampler = make([100, 3, 3], 2, 1)
     assert sampler.steps == 6 and sampler.lost_fraction == pytest.approx(94 / 106)
+
+
+def test_a_formula_keeps_the_promises_of_the_table_on_random_skewed_corpora():
+    generator = np.random.default_rng(2)
+    cases = crossed = 0
+    while cases < 50:
+        counts = (generator.pareto(1.0, int(generator.integers(2, 40))) * 5).astype(int)
+        m, cap = int(generator.integers(1, 4)), int(generator.integers(4, 40))
+        groups = np.minimum(counts, cap) // m
+        usable = int((groups > 0).sum())
+        if usable < 2:
+            continue
+        n = int(generator.integers(1, usable + 1))
+        sampler = make(counts, n, m, cap=cap, seed=cases, plan="formula")
+        plan = check_plan(sampler, epoch=cases % 3)
+        assert sampler.groups.sum() - plan.shape[0] * n < n  # fewer than N groups left over
+        crossed += bool(sampler._of(cases % 3).changed)
+        check_plan(make(counts, n, m, cap=cap, seed=cases, balanced=True, plan="formula"), epoch=0, balanced=True)
+        cases += 1
+    assert crossed > 12  # corpora in which a speaker would have met itself
+
+
+def test_a_formula_gives_any_batch_alone_and_differs_between_epochs_and_seeds():
+    sampler = make([10] * 12, 4, 2, seed=5, plan="formula")
+    plan = sampler.plan(3)
+    again = make([10] * 12, 4, 2, seed=5, plan="formula")
+    assert all(np.array_equal(again.batch(3, step), plan[step]) for step in (7, 0, 14))
+    assert not np.array_equal(plan, sampler.plan(4))
+    assert not np.array_equal(plan, make([10] * 12, 4, 2, seed=6, plan="formula").plan(3))
+    assert sampler.fingerprint() != make([10] * 12, 4, 2, seed=5).fingerprint()  # a run keeps the one it began with
+
+
+def test_a_formula_is_fair_over_seeds():
+    met = np.zeros((6, 6))
+    for seed in range(200):
+        for batch in make([4] * 6, 4, 2, seed=seed, plan="formula").plan(0)[:, :, 0] // 4:
+            for a, b in itertools.combinations(sorted(batch), 2):
+                met[a, b] += 1
+    expected = 200 * 3 * 6 / 15
+    assert np.abs(met[np.triu_indices(6, 1)] - expected).max() < 5 * np.sqrt(expected)
+
+
+def test_small_data_have_a_table_and_large_ones_a_formula():
+    assert not make([10] * 12, 4, 2).formula
+    assert make([100] * 200_000, 512, 2).formula  # 20 million utterances
+    assert not make([100] * 200_000, 512, 2, plan="table").formula
+    assert not make([100_000] * 300, 256, 2, cap=100_000).formula  # as many, but every speaker crosses the end of a row
+
+
+@pytest.mark.slow
+def test_100_million_utterances_take_less_than_100_mb_a_worker_and_2_seconds_to_the_first_batch():
+    code = """
+import resource, time, numpy as np
+from spknet.data.sampler import Sampler
+counts = np.random.default_rng(0).integers(20, 181, 1_000_000)
+rows = np.concatenate([[0], np.cumsum(counts)])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sampler = Sampler(rows, speakers_per_batch=1024, utterances_per_speaker=2, cap=500, seed=0)
+assert sampler.formula and 95e6 < rows[-1] < 105e6, rows[-1]
+begun = time.process_time()
+first = sampler.batch(1, 0)
+print(time.process_time() - begun, end=" ")
+begun = time.process_time()
+for step in range(10):
+    batch = sampler.batch(1, step)
+print((time.process_time() - begun) / 10, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    first, later, mebibytes = map(float, told.split())
+    print(f"first batch {first:.2f} s, later {1000 * later:.0f} ms, {mebibytes:.0f} MiB")
+    assert first < 2 and mebibytes < 100

@@ -321,11 +321,15 @@ def test_srun_with_one_task_a_rank_is_the_same_run(checkout, reference):
 
 
 @pytest.mark.slow
-def test_shares_of_a_pack_are_run_again_and_shards_staged(checkout):
+def test_shares_of_a_pack_are_run_again_shards_staged_and_errors_never_requeued(checkout):
     job = shell(checkout, documented("TASKS=16 sbatch")).split()[-1]
     wait_until_gone(job)
     assert trials.lives(job) == ["COMPLETED"], read_logs(checkout, job)
     refused = shell(checkout, documented("TASKS=16 sbatch").replace("TASKS=16 ", "")).split()[-1]
+    line = documented("sbatch --nodes 4 --gpus-per-node 8 --cpus-per-task 48 slurm/train.sbatch").replace(
+        "runs/e", "runs/bad"
+    )
+    bad = shell(checkout, line.replace("--nodes 4", "--nodes 1") + " --data.train_shards data/none").split()[-1]
     job = shell(
         checkout,
         documented("sbatch --nodelist 'gpu[01-04]'")
@@ -336,6 +340,8 @@ def test_shares_of_a_pack_are_run_again_and_shards_staged(checkout):
     assert "to run some shares again give TASKS=n" in read_logs(checkout, refused)
     wait_until_gone(job)
     assert trials.lives(job) == ["COMPLETED"] and list((checkout / "staged").rglob("*.tar")), read_logs(checkout, job)
+    wait_until_gone(bad)  # an error of the run: failed, with its reason, and never requeued
+    assert trials.lives(bad) == ["FAILED"] and "data/none" in read_state(checkout / "runs" / "bad")["reason"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Networks against what the official code computes with the same weights, in float64, and against the published sizes.
 
-tests/reference/networks.json holds every eighth part of the outputs (values 0, D/8, 2 D/8, ...) of ../shared/reference/modern,
-and a digest of the names and shapes that the weights are made from; where that folder is, all of it is compared.
+tests/reference/networks.json holds every eighth part of the outputs (values 0, D/8, 2 D/8, ...) of
+../shared/reference/modern, and a digest of the names and shapes that the weights are made from; where that folder is,
+all of it is compared.
 """
 
 import hashlib

@@ -14,14 +14,9 @@ from spknet.config import ConfigError, ModelConfig
 from spknet.models import build_model
 from spknet.models.redimnet import LAYOUTS
 from tests.models.test_front_ends import sounds
-from tests.ranks import run_ranks, train
 
 REFERENCE = json.loads((Path(__file__).resolve().parents[1] / "reference" / "redimnet.json").read_text())
 SMALL = ["ReDimNet-B0", "ReDimNet-B1", "ReDimNet-B4", "ReDimNet2-B0", "ReDimNet2-B6"]  # every kind of block
-FAMILIES = {
-    "ReDimNet": "--model.name ReDimNet-B5 --model.width 0.25 --model.embedding_size 32",
-    "ReDimNet2": "--model.name ReDimNet2-B0 --model.width 0.34 --model.embedding_size 32 --model.agg_gnorm true",
-}
 
 
 def config_of(file: str) -> ModelConfig:
@@ -134,71 +129,3 @@ def test_redimnet2_leaves_out_frames_beyond_a_multiple_of_four_and_repeats_fewer
 def test_bands_that_the_strides_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match="model.n_mels 80: ReDimNet2-B2 divides its bands by 12"):
         build_model(ModelConfig("ReDimNet2-B2", n_mels=80))
-
-
-@pytest.mark.parametrize("name", ["ReDimNet-B4", "ReDimNet2-B0"])
-def test_channels_last_gives_the_same_embeddings(name):
-    model, waves = small(name).eval(), torch.randn(2, 8000) * 0.1
-    with torch.no_grad():
-        plain = model(waves)
-        torch.testing.assert_close(model.to(memory_format=torch.channels_last)(waves), plain, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_compiled_redimnet2_gives_the_same_embeddings():
-    model, waves = small("ReDimNet2-B0", agg_gnorm=True).eval(), torch.randn(2, 8000) * 0.1
-    with torch.no_grad():
-        plain = model(waves)
-        model.compile()
-        torch.testing.assert_close(model(waves), plain, rtol=1e-4, atol=1e-4)
-
-
-def losses(world, words, folder):
-    return [line["loss"] for line in train(world, [*words, "--run_dir", str(folder)])]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_losses_of_5_adam_steps_are_equal_on_1_and_2_ranks_with_dither(family, options, tmp_path):
-    words = [*options, *FAMILIES[family].split(), "--train.max_steps", "5"]
-    noisy = [*words, "--augment.dither", "1"]
-    one = losses(1, noisy, tmp_path / "1")
-    assert len(set(one)) == 5 and losses(2, noisy, tmp_path / "2") == pytest.approx(one, rel=1e-8)
-    assert losses(1, words, tmp_path / "silent")[0] != one[0]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_and_channels_last_stay_near_float32_over_20_steps(family, options, tmp_path):
-    words = [*options, *FAMILIES[family].split(), "--train.max_steps", "20"]
-    plain = losses(1, [*words, "--train.precision", "float32"], tmp_path / "float32")
-    half = losses(1, [*words, "--train.precision", "bf16", "--train.channels_last", "true"], tmp_path / "bf16")
-    assert half == pytest.approx(plain, rel=0.02)
-
-
-def gradients(rank, world, words, chunk):
-    """Gradient of the first step's global loss with frozen statistics, at once or in chunks."""
-    from spknet import options as configuration
-    from spknet.data.batches import loader
-    from spknet.parallel import ranks as distributed
-    from spknet.train.step import prepare, step_at_once, step_in_chunks
-    from spknet.train.trainer import Trainer
-
-    c = configuration.parse(words)
-    me = distributed.Ranks(rank, world, rank, world)
-    trainer = Trainer(c, me)
-    trainer.task.eval()
-    inputs = prepare(next(iter(loader(c, trainer.corpus, me, 0, 1))), trainer.samples, trainer.dtype, me.device)
-    if chunk:
-        step_in_chunks(trainer.task, inputs, lambda x: x, chunk, me)
-    else:
-        step_at_once(trainer.parallel, inputs, lambda x: x)
-    return {name: p.grad.numpy() for name, p in trainer.task.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_chunks_give_the_gradient_of_the_whole_batch(family, options, tmp_path):
-    words = [*options, *FAMILIES[family].split(), "--run_dir", str(tmp_path)]
-    whole = run_ranks(1, gradients, words, 0)[0]
-    for chunked in run_ranks(2, gradients, [*words, "--train.chunk", "3"], 3):
-        assert set(chunked) == set(whole)
-        for name in whole:
-            np.testing.assert_allclose(chunked[name], whole[name], rtol=1e-7, atol=1e-10, err_msg=name)

@@ -153,7 +153,7 @@ def test_memory_of_the_list_is_flat():
         (b"id1 id1/a\0b.wav", r"line 2: key 'id1/a\\x00b' has a control character"),
         (b"id1 id1/a\x0bb.wav", r"line 2: key 'id1/a\\x0bb' has a control character"),
         (b"id1 id1/\xff.wav", "line 2: .* is not UTF-8"),
-        (b"x" * 128 + b" id1/a.wav", "line 2: speaker .* has 128 bytes, too many for a key; `python -m tools.lists`"),
+        (b"x" * 128 + b" id1/a.wav", "line 2: speaker .* has 128 bytes, too many for a key; `spknet lists`"),
         (b"a/b a/b/c.wav", "line 2: speaker 'a/b': expected a name without '/'"),
     ],
 )

@@ -6,10 +6,11 @@ import soundfile
 import torch
 from matplotlib import image
 
-from spknet import config
 from spknet.data.batches import Steps
 from spknet.data.corpus import Corpus
 from spknet.data.mixing import mix
+from spknet.errors import run
+from spknet.options import parse
 from spknet.parallel.ranks import Ranks
 from tools.listen import main
 
@@ -33,7 +34,7 @@ def test_wavs_are_the_waves_of_the_batch_and_lines_say_what_was_drawn(words, tmp
     assert main([*words, "--out", str(tmp_path), "--number", "5", "--step", "3"]) == 0
     lines = (tmp_path / "drawn.txt").read_text().splitlines()
     assert capsys.readouterr().out.splitlines() == lines and len(lines) == 5
-    c = config.parse(words)
+    c = parse(words)
     steps = Steps(c, Corpus.open(c.data, 0, c.augment), Ranks())
     batch = steps[3]
     crops, augment, labels, _ = batch.to(None)
@@ -58,6 +59,6 @@ def test_wavs_are_the_waves_of_the_batch_and_lines_say_what_was_drawn(words, tmp
     [(["--augment.rir_shards", "null"], "give augment.rir_shards"), (["--nonsense", "1"], "unknown option --nonsense")],
 )
 def test_a_wrong_option_is_one_line(words, tmp_path, capsys, more, expected):
-    assert main([*words, *more, "--out", str(tmp_path / "a")]) == 2
+    assert run(main, [*words, *more, "--out", str(tmp_path / "a")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and expected in said and said.count("\n") == 1

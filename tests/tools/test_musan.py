@@ -107,7 +107,7 @@ def test_hostile_tar_is_refused_and_writes_nothing(host, tmp_path, capsys, case)
     members, text = HOSTILE[case]
     write_tar(host / "musan.tar.gz", members)
     write_sums(host)
-    assert run(host, tmp_path / "data", "all", "--sets", "musan") == 1
+    assert run(host, tmp_path / "data", "all", "--sets", "musan") == 2
     assert text in capsys.readouterr().err
     assert not (tmp_path / "data" / "shards" / "musan" / "index").exists()
     assert not [path for path in tmp_path.rglob("evil*")]
@@ -117,19 +117,19 @@ def test_cut_archive_and_bomb_leave_nothing_half_unpacked(host, tmp_path, capsys
     archive = host / "musan.tar.gz"
     archive.write_bytes(archive.read_bytes()[:-200])
     write_sums(host)
-    assert run(host, tmp_path / "a", "all", "--sets", "musan") == 1
+    assert run(host, tmp_path / "a", "all", "--sets", "musan") == 2
     assert "cannot be unpacked" in capsys.readouterr().err
     write_tar(archive, [("musan/noise/a/b.wav", bytes(3 << 20))])
     write_sums(host)
     monkeypatch.setattr(musan, "LARGEST_TAR", 1 << 20)
-    assert run(host, tmp_path / "b", "all", "--sets", "musan") == 1
+    assert run(host, tmp_path / "b", "all", "--sets", "musan") == 2
     assert "it is not MUSAN; nothing was kept" in capsys.readouterr().err
     for folder in (tmp_path / "a", tmp_path / "b"):
         assert sorted(path.name for path in folder.iterdir()) == ["musan.tar.gz", "musan.tar.gz.md5"]
 
 
 def test_missing_archive_and_unknown_set_are_named(host, tmp_path, capsys):
-    assert run(host, tmp_path / "data", "pack") == 1
+    assert run(host, tmp_path / "data", "pack") == 2
     assert "musan.tar.gz is not there: run `download` first" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(host, tmp_path / "data", "pack", "--sets", "musan,dns")
@@ -139,7 +139,7 @@ def test_missing_archive_and_unknown_set_are_named(host, tmp_path, capsys):
 def test_recording_at_another_rate_is_refused_unless_converted(host, tmp_path, capsys):
     write_tar(host / "musan.tar.gz", [("musan/noise/a/b.wav", wav(0, 3000, 8000))])
     write_sums(host)
-    assert run(host, tmp_path / "data", "all", "--sets", "musan") == 1
+    assert run(host, tmp_path / "data", "all", "--sets", "musan") == 2
     assert "8000 Hz, expected 16000 Hz" in capsys.readouterr().err
     again = ("pack", "--sets", "musan", "--convert", "--shards", str(tmp_path / "converted"))
     assert run(host, tmp_path / "data", *again) == 0

@@ -171,7 +171,7 @@ def test_official_lists_are_checked_line_by_line(host, tmp_path, capsys):
     ]:
         bad = tmp_path / "bad.txt"
         bad.write_text(content)
-        assert voxceleb.main(command(host, save, "lists", option, str(bad))) == 1
+        assert voxceleb.main(command(host, save, "lists", option, str(bad))) == 2
         assert text in capsys.readouterr().err
 
 
@@ -209,7 +209,7 @@ def test_wrong_words_are_answered_with_what_was_expected(host, tmp_path, capsys)
         (command(host, save, "convert"), "no m4a files below voxceleb2"),
     ]
     for words, text in cases:
-        assert voxceleb.main(words) == 1 and text in capsys.readouterr().err
+        assert voxceleb.main(words) == 2 and text in capsys.readouterr().err
     with pytest.raises(SystemExit):
         voxceleb.main(["--save_path", str(save)])
     assert "give one step of download, join," in capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_part_damaged_on_the_disk_is_found_before_it_is_used_up(host, tmp_path, 
     data[100] ^= 1
     part.write_bytes(data)
     os.utime(part, (time.time() + 5, time.time() + 5))
-    assert voxceleb.main(command(host, save, "pack", "--sets", "vox2_dev")) == 1
+    assert voxceleb.main(command(host, save, "pack", "--sets", "vox2_dev")) == 2
     assert "vox2_dev_aac_partac: md5" in capsys.readouterr().err
     assert len(list(save.glob("vox2_dev_aac_parta?"))) == 8 and not (save / "vox2_dev_aac.zip").exists()
 
@@ -235,9 +235,9 @@ def test_full_disk_shows_before_extraction_and_before_packing(host, tmp_path, ca
     save = tmp_path / "data"
     assert voxceleb.main(command(host, save, "download", "--sets", "vox2_dev")) == 0
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert voxceleb.main(command(host, save, "pack", "--sets", "vox2_dev")) == 1
+    assert voxceleb.main(command(host, save, "pack", "--sets", "vox2_dev")) == 2
     assert "GB are free: make room, choose another --shards, or --codec flac" in capsys.readouterr().err
-    assert voxceleb.main(command(host, save, "extract", "--sets", "vox2_dev")) == 1
+    assert voxceleb.main(command(host, save, "extract", "--sets", "vox2_dev")) == 2
     assert "unpacking vox2_dev_aac.zip needs 0.00 GB in" in capsys.readouterr().err
     assert (save / "vox2_dev_aac.zip").exists() and not (save / "voxceleb2").exists()
 
@@ -249,7 +249,7 @@ def test_one_bad_file_in_the_zip_is_named_and_can_be_left_out(host, tmp_path, ca
     lines = bench_voxceleb.make_parts(tmp_path, "vox2_dev", files, parts=2)
     (tmp_path / "sums.txt").write_text("\n".join(lines) + "\n")
     words = ["pack", "--save_path", str(tmp_path), "--checksums", str(tmp_path / "sums.txt"), "--workers", "1"]
-    assert voxceleb.main(words) == 1
+    assert voxceleb.main(words) == 2
     assert f"vox2_dev_aac.zip::dev/aac/{bad}: ffmpeg cannot read it" in capsys.readouterr().err
     assert voxceleb.main([*words, "--skip-bad", str(tmp_path / "bad")]) == 0
     assert len(open_shards(tmp_path / "shards" / "vox2_dev")) == 11
@@ -262,7 +262,7 @@ def test_hostile_archive_is_not_packed_either(tmp_path, capsys):
         file.writestr("wav/id1/a/0.wav", wav(0))
         file.writestr("wav/../../../evil.wav", wav(0))
     (tmp_path / "sums.txt").write_text(f"{hashlib.md5(made.read_bytes()).hexdigest()}  {made.name}\n")
-    assert voxceleb.main(["pack", "--save_path", str(tmp_path), "--checksums", str(tmp_path / "sums.txt")]) == 1
+    assert voxceleb.main(["pack", "--save_path", str(tmp_path), "--checksums", str(tmp_path / "sums.txt")]) == 2
     assert "member 'wav/../../../evil.wav' leaves its folder" in capsys.readouterr().err
     assert not (tmp_path / "shards" / "vox1_test" / "index").exists()
 

@@ -71,5 +71,5 @@ def test_secrets_leave_the_arguments_and_then_the_environment(tmp_path, capsys):
     left = voxceleb.hide_secrets(["python", "--key=K", "--user", "U", "-x", "--password", "P"], environ)
     assert left == ["python", "-x"]
     assert environ == {"VOXCELEB_KEY": "K", "VOXCELEB_USER": "U", "VOXCELEB_PASSWORD": "P"}
-    assert voxceleb.main(["download", "--save_path", str(tmp_path), "--key", "K"]) == 1
+    assert voxceleb.main(["download", "--save_path", str(tmp_path), "--key", "K"]) == 2
     assert "give --base-url or set VOXCELEB_URL" in capsys.readouterr().err and "VOXCELEB_KEY" not in os.environ

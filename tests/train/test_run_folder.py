@@ -140,7 +140,8 @@ def test_a_full_disk_cannot_keep_the_state_from_being_told(tmp_path):
 
 def git(folder, *words):
     command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(folder), *words]
-    subprocess.run(command, check=True, capture_output=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
 
 
 def package(folder):
@@ -148,21 +149,32 @@ def package(folder):
     (folder / "spknet/errors.py").write_text("")
 
 
-def test_the_revision_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
-    package(tmp_path / "own")
-    git(tmp_path, "init", "own")
-    git(tmp_path / "own", "add", ".")
-    git(tmp_path / "own", "commit", "-m", "first")
-    revision = run.git_revision(tmp_path / "own")
-    assert len(revision) == 40
-    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # as in a git hook
+def checkout(folder):
+    """A repository that tracks a package in its top folder; its revision."""
+    package(folder)
+    git(folder, "init")
+    git(folder, "add", ".")
+    git(folder, "commit", "-m", "first")
+    return (folder / ".git" / (folder / ".git/HEAD").read_text().split()[1]).read_text().strip()
+
+
+def test_the_revision_is_that_of_the_packages_own_checkout(tmp_path):
+    revision = checkout(tmp_path / "own")
     assert run.git_revision(tmp_path / "own") == revision
     (tmp_path / "own/spknet/errors.py").write_text("changed")
     assert run.git_revision(tmp_path / "own") == f"{revision}-modified"
-    package(tmp_path / "own/venv/site-packages")  # installed inside another repository, tracked there or not
+
+
+def test_another_repositorys_revision_is_not_recorded(tmp_path, monkeypatch):
+    revision = checkout(tmp_path / "own")
+    package(tmp_path / "own/venv/site-packages")  # installed inside a repository, tracked there or not
     assert run.git_revision(tmp_path / "own/venv/site-packages") is None
     git(tmp_path / "own", "add", ".")
     assert run.git_revision(tmp_path / "own/venv/site-packages") is None
+    git(tmp_path / "own", "reset", "--hard")
+    checkout(tmp_path / "other")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other/.git"))  # as in a git hook of the other one
+    assert run.git_revision(tmp_path / "own") == revision
 
 
 @pytest.mark.parametrize("trouble", ["no git", "git fails", "git hangs"])
@@ -210,10 +222,8 @@ def test_what_an_earlier_run_left_is_set_aside_when_one_is_begun_anew(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     with hold(tmp_path) as owner:
-        (note,) = set_aside(owner, keep=tmp_path / "checkpoints/step-00000010.pt")
+        (note,) = set_aside(owner)
         assert "before-1" in note
-        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000010.pt"]
-        assert (tmp_path / "before-1/checkpoints/step-00000020.pt").exists() and (tmp_path / "metrics.jsonl").exists()
-        set_aside(owner)
-        assert sorted(p.name for p in (tmp_path / "before-2").iterdir()) == ["checkpoints", "eval", "metrics.jsonl"]
+        assert sorted(p.name for p in (tmp_path / "before-1").iterdir()) == ["checkpoints", "eval", "metrics.jsonl"]
+        assert (tmp_path / "before-1/checkpoints/step-00000020.pt").exists()
         assert set_aside(owner) == []

@@ -117,7 +117,7 @@ def test_sigkills_on_2_ranks_some_inside_a_checkpoint_continue_to_the_same_bits(
     for kill in range(KILLS):
         # Every second kill comes inside the writing of a file: rank 0 writes four pieces and the .pt, rank 1 four pieces.
         place = {"die_at": generator.randint(1, 8)} if kill % 2 else {"die_after": 8 * kill + generator.randint(1, 7)}
-        assert two_ranks([*words, "--run_dir", str(folder)], **place) == [-1, -1], "over before it was killed"
+        assert 0 not in two_ranks([*words, "--run_dir", str(folder)], **place), "over before it was killed"
         inside += kill % 2
     assert two_ranks([*words, "--run_dir", str(folder)]) == [0, 0]
     print(f"seed {SEED}: {KILLS} kills, {inside} of them inside a checkpoint")

@@ -1,4 +1,4 @@
-"""Benchmarks: programs that print ratios measured in one run. `python -m tools.bench loader|exact|score|voxceleb [options]`."""
+"""Benchmarks: programs that print ratios measured in one run. `python -m tools.bench NAME [options]`, names below."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import sys
 
 BENCHMARKS = {
     "loader": "tools.bench.loader",
+    "augment": "tools.bench.augment",
     "exact": "tools.bench.exact",
+    "head": "tools.bench.head",
     "score": "tools.bench.score",
+    "step": "tools.bench.step",
     "voxceleb": "tools.bench.voxceleb",
 }
 

@@ -24,7 +24,8 @@ from collections import Counter
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from shards.format import ShardError, atomic_write
+from shards import errors
+from shards.format import atomic_write
 from shards.pack import pack
 from tools import musan
 from tools.voxceleb import files as voxceleb_files
@@ -290,6 +291,10 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return errors.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> None:
     argv = hide_secrets(sys.argv[1:] if argv is None else argv, os.environ)
     options = parser().parse_args(argv)
     # Out of the environment, so that no child process sees them.
@@ -299,12 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     if (options.step is None) != any(flags):
         parser().error(f"give one step of {', '.join(STEPS)}, or dataprep.py's flags")
     options.save_path.mkdir(parents=True, exist_ok=True)
-    try:
-        _run(options)
-    except (DownloadError, ArchiveError, ShardError, OSError) as error:
-        print(f"voxceleb: {error}", file=sys.stderr)
-        return 1
-    return 0
+    _run(options)
 
 
 if __name__ == "__main__":

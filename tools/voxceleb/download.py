@@ -12,7 +12,6 @@ into messages. Certificates are always verified.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import hashlib
@@ -21,155 +20,18 @@ import os
 import shutil
 import sys
 import threading
-import urllib.error
-import urllib.parse
-import urllib.request
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from shards.errors import UserError
 from shards.format import atomic_write
+from tools.voxceleb.access import Access, DownloadError, Interrupted, open_file
 
 PIECE = 1 << 20  # bytes
 LONGEST_PAUSE = 60.0  # seconds
-PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers after which another try makes sense
-
-
-class DownloadError(UserError):
-    """What was found, what was expected, what to do. Never holds a secret."""
-
-
-class _Interrupted(Exception):
-    """The connection ended, stalled or answered that it is busy: try again. Its argument says which."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """Where files come from and who asks.
-
-    base_url: `https://host/folder`, or with `{file}` (and `{key}`) where the name (and the key) belong.
-    """
-
-    base_url: str
-    user: str = ""
-    password: str = field(default="", repr=False)
-    key: str = field(default="", repr=False)
-    timeout: float = 60.0  # seconds without a byte
-    retries: int = 8  # tries in a row that bring nothing
-    first_pause: float = 1.0  # seconds before the second try; each further pause is twice as long
-
-    def url(self, name: str) -> str:
-        if "{key}" in self.base_url and not self.key:
-            raise DownloadError(f"{self.base_url} asks for a key: give --key, or set VOXCELEB_KEY")
-        quoted, key = urllib.parse.quote(name), urllib.parse.quote(self.key, safe="")
-        if "{file}" in self.base_url:
-            return self.base_url.replace("{file}", quoted).replace("{key}", key)
-        url = self.base_url.replace("{key}", key).rstrip("/") + "/" + quoted
-        return f"{url}?key={key}" if self.key and "{key}" not in self.base_url else url
-
-    def shown(self, name: str) -> str:
-        """The address without its query and without a user, for people."""
-        parts = urllib.parse.urlsplit(Access(self.base_url.replace("{key}", "KEY")).url(name))
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-    def check(self) -> None:
-        """Raises DownloadError where the address cannot work, warns of a password that travels in the clear."""
-        parts = urllib.parse.urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https", "file"):
-            raise DownloadError(f"found the address {parts.scheme}:..., expected http://, https:// or file://")
-        if "@" in parts.netloc:
-            raise DownloadError(
-                "the address holds a user or password: give --user and --password (or be asked) instead"
-            )
-        local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        if parts.scheme == "http" and not local and (self.password or self.key):
-            tqdm.write(
-                f"{parts.hostname}: the password or key travels unencrypted over http; use https if the host offers it",
-                file=sys.stderr,
-            )
-
-
-class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, request, file, code, message, headers, new_url):
-        old, new = urllib.parse.urlsplit(request.full_url), urllib.parse.urlsplit(new_url)
-        if old.scheme == "https" and new.scheme != "https":
-            raise DownloadError(f"{old.hostname} redirects from https to {new.scheme}://{new.hostname}; refused")
-        redirected = super().redirect_request(request, file, code, message, headers, new_url)
-        if redirected and old.netloc == new.netloc and request.has_header("Authorization"):
-            redirected.add_unredirected_header("Authorization", request.get_header("Authorization"))
-        return redirected
-
-
-OPENER = urllib.request.build_opener(_SameHostRedirects)
-
-
-def _open(access: Access, name: str, start: int, end: int | None = None):
-    """(stream, first byte, total bytes or None) of a file from byte `start`. Raises _Interrupted or DownloadError."""
-    url = access.url(name)
-    if url.startswith("file:"):
-        return _open_file(access, name, url, start)
-    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "spknet"})
-    request.add_header("Range", f"bytes={start}-{'' if end is None else end}")
-    if access.user or access.password:
-        token = base64.b64encode(f"{access.user}:{access.password}".encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {token}")  # plain headers follow every redirect
-    try:
-        answer = OPENER.open(request, timeout=access.timeout)
-    except urllib.error.HTTPError as error:
-        with error:
-            return _refused(access, name, start, error)
-    except http.client.InvalidURL:  # its text holds the whole address, key and all
-        raise DownloadError(f"{access.shown(name)}: not a valid address; is --base-url right?") from None
-    except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        if "CERTIFICATE_VERIFY_FAILED" in str(reason):
-            raise DownloadError(f"{access.shown(name)}: the certificate is not valid ({reason})") from None
-        raise _Interrupted(str(reason) or type(error).__name__) from None
-    if answer.headers.get_content_type() == "text/html":
-        answer.close()
-        raise DownloadError(
-            f"{access.shown(name)}: a web page came instead of the file: the key or password has run out, or the address is wrong"
-        )
-    first, total = 0, answer.headers.get("Content-Length")
-    if answer.status == 206:
-        spread, _, total = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-        first = int(spread.partition("-")[0] or start)
-    return answer, first, int(total) if total and total.isdigit() else None
-
-
-def _open_file(access: Access, name: str, url: str, start: int):
-    path = urllib.request.url2pathname(urllib.parse.urlsplit(url).path)
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
-    except OSError as error:
-        raise DownloadError(f"{access.shown(name)}: {error.strerror}") from None
-    total = os.fstat(file.fileno()).st_size
-    start = start if start <= total else 0
-    file.seek(start)
-    return file, start, total
-
-
-def _refused(access: Access, name: str, start: int, error: urllib.error.HTTPError):
-    where = access.shown(name)
-    if error.code in (401, 403):
-        given = (
-            "key" if access.key else "user and password" if access.user or access.password else "request without a key"
-        )
-        raise DownloadError(
-            f"{where}: the server refused the {given} (HTTP {error.code}); ask the data's owners for a valid one"
-        )
-    if error.code == 404:
-        raise DownloadError(f"{where}: no such file there (HTTP 404); is --base-url right?")
-    if error.code == 416 and start:  # nothing lies beyond: the partial file is whole, or longer than the real one
-        total = error.headers.get("Content-Range", "").rpartition("/")[2]
-        return None, 0, int(total) if total.isdigit() else None
-    if error.code in PASSING:
-        pause = error.headers.get("Retry-After", "")
-        raise _Interrupted(f"HTTP {error.code}", float(pause) if pause.isdigit() else 0.0)
-    raise DownloadError(f"{where}: unexpected answer HTTP {error.code} {error.reason}")
+RESERVE = 1 << 30  # bytes that a body of unknown length leaves free on the disk
 
 
 class _Retries:
@@ -178,7 +40,7 @@ class _Retries:
     def __init__(self, access: Access, name: str, stop: threading.Event):
         self.access, self.name, self.stop, self.failures = access, name, stop, 0
 
-    def after(self, error: _Interrupted, progressed: bool) -> None:
+    def after(self, error: Interrupted, progressed: bool) -> None:
         self.failures = 1 if progressed else self.failures + 1
         if self.failures > self.access.retries:
             raise DownloadError(
@@ -197,10 +59,10 @@ def _size(access: Access, name: str, stop: threading.Event) -> int | None:
     tries = _Retries(replace(access, retries=min(3, access.retries)), name, stop)  # a wrong host shows soon
     while not stop.is_set():
         try:
-            stream, _, total = _open(access, name, 0, 0)
+            stream, _, total = open_file(access, name, 0, 0)
             stream.close()
             return total
-        except _Interrupted as error:
+        except Interrupted as error:
             tries.after(error, False)
     return None
 
@@ -257,15 +119,15 @@ class _Partial:
 
 
 def _receive(access: Access, name: str, partial: _Partial, stop: threading.Event) -> None:
-    """One connection: appends what comes. Raises _Interrupted where it ends too early."""
-    stream, first, total = _open(access, name, partial.size)
+    """One connection: appends what comes. Raises Interrupted where it ends too early."""
+    stream, first, total = open_file(access, name, partial.size)
     if stream is None and total == partial.size:
         return
     if stream is None or first not in (0, partial.size):
         if stream is not None:
             stream.close()
         partial.clear()
-        raise _Interrupted("the server has another file than before")
+        raise Interrupted("the server has another file than before")
     with stream:
         if first == 0:
             partial.clear()
@@ -273,12 +135,25 @@ def _receive(access: Access, name: str, partial: _Partial, stop: threading.Event
             try:
                 piece = stream.read1(PIECE)
             except (OSError, http.client.HTTPException) as error:
-                raise _Interrupted(str(error) or type(error).__name__) from None
+                raise Interrupted(access.clean(error) or type(error).__name__) from None
             if not piece:
                 break
             partial.append(piece)
+            _check_end(access, name, partial, total)
     if total is not None and partial.size < total and not stop.is_set():
-        raise _Interrupted(f"the connection ended at byte {partial.size} of {total}")
+        raise Interrupted(f"the connection ended at byte {partial.size} of {total}")
+
+
+def _check_end(access: Access, name: str, partial: _Partial, total: int | None) -> None:
+    """Raises DownloadError where more comes than was told, or more than can be; nothing of it is kept."""
+    limit = access.largest if total is None else total
+    # Every piece is looked at while the length is unknown: a body without an end fills any disk.
+    full = total is None and shutil.disk_usage(partial.path.parent).free < RESERVE
+    if partial.size > limit or full:
+        size = partial.size
+        partial.clear()
+        what = f"{limit} were expected" if not full else "the disk is nearly full and the server tells no length"
+        raise DownloadError(f"{access.shown(name)}: {size} bytes came, {what}; nothing of it was kept")
 
 
 def _fetch(access: Access, name: str, md5: str, folder: Path, bar: tqdm, stop: threading.Event) -> None:
@@ -290,7 +165,7 @@ def _fetch(access: Access, name: str, md5: str, folder: Path, bar: tqdm, stop: t
                 try:
                     _receive(access, name, partial, stop)
                     break
-                except _Interrupted as error:
+                except Interrupted as error:
                     tries.after(error, partial.progressed())
             if stop.is_set() or partial.finish(md5):
                 return

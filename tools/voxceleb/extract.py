@@ -16,11 +16,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import posixpath
 import shutil
 import stat
+import struct
 import subprocess
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from functools import partial
@@ -36,6 +39,20 @@ SMALLEST_PIECE, LARGEST_PIECE = 1 << 18, 64 << 20  # bytes that lie on the disk 
 LARGEST_MEMBER = 2 << 30  # bytes; an utterance has some 250 kB, VoxCeleb's longest some 5 MB
 LARGEST_RATIO = 100  # unpacked to packed bytes of a whole archive; deflate reaches 1000, speech 1.2
 BATCH = 16  # files for one ffmpeg: starting it takes ten times as long as decoding an utterance
+
+
+DEEPEST, LONGEST_NAME, LONGEST_PATH = 64, 255, 1024  # folders, bytes of one and of all: what file systems take
+# What zipfile and zlib raise for a damaged archive.
+DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+    IndexError,
+    struct.error,
+    RuntimeError,
+)
 
 
 class ArchiveError(UserError):
@@ -59,7 +76,11 @@ def join(parts: list[Path], whole: Path, md5: str) -> None:
         sizes = {part.name: part.stat().st_size for part in parts}
         with atomic_write(journal(whole)) as file:
             file.write(json.dumps(sizes).encode())
-    sizes = json.loads(journal(whole).read_text())
+    try:
+        sizes = json.loads(journal(whole).read_text())
+        list(sizes), sum(sizes.values())
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ArchiveError(f"{journal(whole)} is damaged ({error}): delete it and download the parts again") from None
     if list(sizes) != [part.name for part in parts]:
         raise ArchiveError(f"{journal(whole)} names the parts {list(sizes)}, expected {[part.name for part in parts]}")
     if parts[0].exists() and not target.exists():
@@ -117,23 +138,46 @@ def check_members(archive: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(archive) as file:
             members = file.infolist()
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+    except (*DAMAGED, OSError) as error:
         raise ArchiveError(f"{archive}: not a whole zip archive ({error}): download it again") from None
     files, seen, end, total = [], set(), 0, 0
     for info in sorted(members, key=lambda member: member.header_offset):
         problem = _problem(info, end)
-        if not info.is_dir():
-            problem = problem or ("stands there twice" if info.filename.casefold() in seen else "")
-            seen.add(info.filename.casefold())
+        if not problem and not info.is_dir():
+            name = plain_name(info.filename)
+            problem = "stands there twice" if name in seen else ""
+            seen.add(name)
             files.append(info)
         if problem:
             raise ArchiveError(f"{archive}: member {info.filename!r} {problem}; nothing was extracted")
         end, total = info.header_offset + 30 + info.compress_size, total + info.file_size
+    _check_folders(archive, files, seen)
     if total > LARGEST_RATIO * archive.stat().st_size:
         raise ArchiveError(
             f"{archive} would unpack to {total} bytes, over {LARGEST_RATIO} times its size; nothing was extracted"
         )
     return files
+
+
+def plain_name(name: str) -> str:
+    """A name as a file system sees it: `./a//B.wav` is `a/b.wav` (on some, letters differ in nothing but their size)."""
+    return posixpath.normpath(name).casefold()
+
+
+def _check_folders(archive: Path, files: list[zipfile.ZipInfo], names: set[str]) -> None:
+    """Raises ArchiveError where a file stands where another has a folder."""
+    for info in files:
+        name = plain_name(info.filename)
+        above = next((folder for folder in _folders(name) if folder in names), None)
+        if above:
+            raise ArchiveError(
+                f"{archive}: member {info.filename!r} lies below the file {above!r}; nothing was extracted"
+            )
+
+
+def _folders(name: str) -> Iterator[str]:
+    while name := name.rpartition("/")[0]:
+        yield name
 
 
 def _problem(info: zipfile.ZipInfo, end: int) -> str:
@@ -157,6 +201,9 @@ def name_problem(name: str) -> str:
         return "has a name that does not print"
     if name.startswith("/") or ".." in name.split("/") or "\\" in name or ":" in name:
         return "leaves its folder"
+    parts = name.split("/")
+    if len(parts) > DEEPEST or len(name.encode()) > LONGEST_PATH or any(len(p.encode()) > LONGEST_NAME for p in parts):
+        return f"has a name longer than file systems take ({len(parts) - 1} folders, {len(name.encode())} bytes)"
     return ""
 
 
@@ -166,6 +213,7 @@ def extract(archive: Path, out: Path, place: Callable[[str], str], *, workers: i
     Threads are enough: reading, inflating and fsync leave Python's lock, and a process would hold its own copy of the directory.
     """
     members = check_members(archive)
+    _check_places(archive, [info.filename for info in members], place)
     need = sum(info.file_size for info in members if not (out / place(info.filename)).exists())
     _need_room(out, need, f"unpacking {archive.name}")
     cleaned = set()
@@ -174,6 +222,15 @@ def extract(archive: Path, out: Path, place: Callable[[str], str], *, workers: i
         for _ in tqdm(_bounded(pool, jobs, 8 * workers), f"unpack {archive.name}", len(members), unit=" files"):
             pass
     return len(members)
+
+
+def _check_places(archive: Path, names: list[str], place: Callable[[str], str]) -> None:
+    """Raises ArchiveError where two members would go to one file."""
+    seen: dict[str, str] = {}
+    for name in names:
+        first = seen.setdefault(plain_name(place(name)), name)
+        if first != name:
+            raise ArchiveError(f"{archive}: members {first!r} and {name!r} would be one file; nothing was extracted")
 
 
 def _home(path: Path, cleaned: set) -> Path:
@@ -193,9 +250,13 @@ def _unpack(file: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
             shutil.copyfileobj(source, sink, 1 << 20)  # checks the crc32 at its end
             if sink.tell() != info.file_size:
                 raise zipfile.BadZipFile(f"{sink.tell()} bytes, expected {info.file_size}")
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except DAMAGED as error:
         raise ArchiveError(
             f"{file.filename}: member {info.filename!r} is damaged ({error}): download it again"
+        ) from None
+    except OSError as error:
+        raise ArchiveError(
+            f"{file.filename}: member {info.filename!r} cannot be written to {path} ({error.strerror}): correct that and run this again"
         ) from None
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shards import lists
 from tools.voxceleb.extract import ArchiveError, check_members
 
 AUDIO = (".wav", ".m4a", ".flac")
@@ -106,7 +107,7 @@ TRIAL_LISTS = {
 def read_checksums(path: Path) -> dict[str, str]:
     """{name: md5} of a file of lines `md5  name`, as md5sum prints them. Raises ArchiveError naming a bad line."""
     found = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in lists.read_lines(path):
         words = line.split()
         if len(words) != 2 or not re.fullmatch(r"[0-9a-f]{32}", words[0]):
             raise ArchiveError(f"{path}, line {number}: found {line!r}, expected `md5  name`")
@@ -230,13 +231,11 @@ def check_trials(path: Path, sources: dict[str, str]) -> str:
 
 
 def _lines(path: Path, words: int, form: str) -> Iterator[tuple[int, list[str]]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            found = line.split()
-            if found and len(found) != words:
-                raise ArchiveError(f"{path}, line {number}: found {line.strip()!r}, expected `{form}`")
-            if found:
-                yield number, found
+    for number, line in lists.read_lines(path):
+        found = line.split()
+        if len(found) != words:
+            raise ArchiveError(f"{path}, line {number}: found {line.strip()!r}, expected `{form}`")
+        yield number, found
 
 
 def _require(path: Path, missing: list[str]) -> None:
