@@ -105,9 +105,12 @@ def check_what_is_trained(config: Config, options: argparse.Namespace, seen: dic
         key = repr(config.eval)
         if key not in seen:
             seen[key] = evaluation.check(config, sample_rate=rate) is not None
-    with torch.device("meta"):
-        build_model(config.model, rate)
-        build_loss(config.loss, config.model.embedding_size, classes, config.data.utterances_per_speaker)
+    key = repr((config.model, config.loss, classes, rate, config.data.utterances_per_speaker))
+    if key not in seen:
+        with torch.device("meta"):
+            build_model(config.model, rate)
+            build_loss(config.loss, config.model.embedding_size, classes, config.data.utterances_per_speaker)
+        seen[key] = True
 
 
 def writable_folder(path: str | Path) -> Path:

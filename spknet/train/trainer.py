@@ -164,6 +164,8 @@ class Trainer:
     def train(self, side: Sidelines) -> str | None:
         """Runs to the last step. Returns the name of the signal that stopped it before, or None."""
         c = self.config.train
+        if side.stopped:
+            return side.stopped_by()
         self.task.train()
         if c.chunk and train_batchnorm(self.task.model):
             say(f"train.chunk: BatchNorm's statistics are those of {c.chunk} utterances a rank")
@@ -172,13 +174,15 @@ class Trainer:
                 self._set_rates()
                 inputs = prepare(batch, self.samples, self.dtype, self.me.device)
                 self.gradients.clear()
+                for rows in self.task.loss.shards():  # this rank's alone, and so not among those above
+                    rows.grad = None
                 if c.chunk:
                     loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, self.gradients, c.chunk)
                 else:
                     loss, accuracy = step_at_once(self.task, inputs, self.scaler.scale, self.gradients)
                 asked = self._update(loss, accuracy, side, batch, inputs[0])
                 if side.after_step(asked):
-                    return side.stop.received or "a signal to another rank"
+                    return side.stopped_by()
         return None
 
     def _set_rates(self) -> None:

@@ -105,6 +105,15 @@ def test_comparing_a_report_with_its_shuffled_self_finds_nothing(tmp_path, capsy
     assert rows[1]["difference_interval"]["eer"] == [0.0, 0.0] and (tmp_path / "out" / "det-list.png").exists()
 
 
+def test_a_run_stands_for_its_newest_evaluation(tmp_path):
+    trials = make_list(tmp_path)
+    for step in (20, 100):
+        make_report(tmp_path / f"run/eval/step-{step:08d}", trials, draw(trials, 1.5, 0))
+    assert compare.read_report(tmp_path / "run")[0] == tmp_path / "run/eval/step-00000100"
+    with pytest.raises(TrialError, match="cannot read this report"):
+        compare.read_report(tmp_path)
+
+
 def test_a_better_system_shows_and_the_difference_is_that_of_the_figures(tmp_path):
     trials = make_list(tmp_path)
     worse, better = draw(trials, 1.0, 0), draw(trials, 3.0, 0)

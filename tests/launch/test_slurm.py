@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from launch import status, submit
+from launch.jobs import living_owner
 from spknet.train.run_folder import read_state
 from tools import cluster_trials as trials
 
@@ -262,7 +263,7 @@ def test_sbatch_run_survives_a_signal_and_no_second_one_touches_it(checkout, ref
     wait_until_gone(job)
     assert trials.lives(job) == ["REQUEUED", "COMPLETED"], read_logs(checkout, job)
     assert_as_undisturbed(run, reference)
-    assert [s.get("ended") for s in json.loads((run / "launch.json").read_text())["starts"]] == ["signal", None]
+    assert json.loads((run / "launch.json").read_text())["starts"][0]["ended"] == "signal"
     job = shell(
         checkout,
         documented("sbatch --gpus-per-node 8 --cpus-per-task 24 slurm/evaluate.sbatch") + " --out out --no_pictures",
@@ -366,8 +367,8 @@ def test_sweep_of_twelve_with_every_kind_of_end(checkout, monkeypatch):
     (folder / failing / "metrics.jsonl").mkdir(parents=True)
     shell(checkout, documented("spknet sweep my_sweep.yaml"))
     number = job_of(folder / failing).split("_")[0]
-    trials.wait_for("the second run", 120, lambda: (folder / killed / "state.json").exists())
-    os.kill(json.loads((folder / killed / "lock").read_text())["pid"], signal.SIGKILL)
+    trials.wait_for("the second run", 120, lambda: living_owner(folder / killed))
+    os.kill(living_owner(folder / killed)["pid"], signal.SIGKILL)
     ended = lambda state: [s.name for s in status.statuses(folder) if s.state == state]  # noqa: E731
     trials.wait_for("some that are done", 120, lambda: len(ended("done")) >= 2 and failing in ended("failed"))
     shell(checkout, documented("spknet cancel runs/my_sweep"))
@@ -397,6 +398,28 @@ def test_sweep_of_twelve_with_every_kind_of_end(checkout, monkeypatch):
             for line in (folder / f"loss=softmax,M=1,lr=0.0003,seed={s}" / "metrics.jsonl").read_text().splitlines()
             if "eval" in line]  # fmt: skip
     assert f"| softmax | 1 | 0.0003 | 3 | {sum(eers) / 3:.4g} |" in table
+
+
+@pytest.mark.slow
+def test_node_on_which_a_rank_died_twice_is_left_out_and_named(checkout):
+    run = checkout / "runs" / "h"
+    words = [*run_words(run, checkout / "veri_test.txt", steps=12), "--train.save_every_steps=0", f"--run_dir={run}"]
+    job = trials.submit_run(words, "--nodes", "1", "--hours", "0.5", "--signal-delay", "60", "--max-restarts", "0")
+    for life in (1, 2):
+        trials.wait_for(
+            f"step of life {life}", 120, lambda n=life: len(starts_of(run)) == n and trials.last_step(run) >= 1
+        )
+        os.kill(living_owner(run)["pid"], signal.SIGKILL)
+        trials.wait_for("the requeue", 60, lambda: not trials.on_its_nodes(job))
+        (run / "metrics.jsonl").unlink()
+    wait_until_gone(job)
+    first, second, third = (start["nodes"] for start in starts_of(run))
+    assert first == second != third and read_state(run)["state"] == "done"
+    assert f"leaves out {first[0]}: blamed for two ends of this run" in log_of(run)
+
+
+def starts_of(run: Path) -> list[dict]:
+    return json.loads((run / "launch.json").read_text())["starts"] if (run / "launch.json").exists() else []
 
 
 def test_installed_sweep_of_the_page_is_accepted(checkout):
