@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from launch import submit
+from spknet.errors import run
 from spknet.train.metrics_log import read_metrics
 from spknet.train.run_folder import read_state
 
@@ -303,4 +304,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -21,6 +21,7 @@ from spknet.checkpoints.file import CheckpointError
 from spknet.checkpoints.network import load_network
 from spknet.checkpoints.voxceleb_trainer import to_legacy
 from spknet.config import Config, ConfigError
+from spknet.errors import run
 from spknet.losses import build_loss
 
 # Encoders that voxceleb_trainer's networks have.
@@ -84,4 +85,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))
