@@ -43,6 +43,8 @@ def voxceleb_trainer(path: str | Path, weights: str | None = None) -> tuple[dict
     """
     model, config, meta = load_network(path, weights=weights)
     chosen = config.model
+    if chosen.name not in THEIR_ENCODERS:
+        raise ConfigError(f"{path} holds a {chosen.name}; voxceleb_trainer has {', '.join(THEIR_ENCODERS)}")
     if model.sample_rate != 16000:
         raise ConfigError(f"{path} is of a network for {model.sample_rate} Hz; voxceleb_trainer takes 16000 Hz only")
     if config.features.name != "auto":
