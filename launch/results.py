@@ -100,7 +100,7 @@ def collect(folder: Path, runs: dict[str, dict], choose: str) -> tuple[dict[str,
     for name in runs:
         state = run_status(folder / name, known).state
         path = folder / name / "metrics.jsonl"
-        lines = read_metrics(path) if path.exists() else []
+        lines = read_metrics(path) if path.is_file() else []
         evaluations = [{"step": line["step"], **line["eval"]} for line in lines if "eval" in line]
         if choose == "best":
             evaluations = [e for e in evaluations if e.get("dev_eer") is not None]

@@ -23,7 +23,7 @@ import yaml
 
 from launch import jobs
 from launch.jobs import WAITING, breathes, read_json, slurm_jobs
-from launch.logs import killed_ranks, last_life, plain
+from launch.log_text import killed_ranks, last_life, plain
 from launch.starts import newest_checkpoint_step
 from spknet.errors import UserError, run
 from spknet.train.metrics_log import read_metrics
@@ -159,7 +159,7 @@ def _job_state(run: Path, job: dict, known: dict[str, str] | None) -> str:
 
 def _add_metrics(status: Status, run: Path) -> None:
     """Fill in what metrics.jsonl and config.yaml tell: step, speed, time left, newest EER."""
-    if not (run / "metrics.jsonl").exists():
+    if not (run / "metrics.jsonl").is_file():
         return
     lines = read_metrics(run / "metrics.jsonl")
     steps = [line for line in lines if "eval" not in line]

@@ -68,7 +68,7 @@ class Translation:
         with join(config.train.device, config.train.threads) as me:
             path = config.train.initial_model or config.run_dir
             model, _, _ = load_network(path, me.device, model=config.model)
-            found = evaluate.evaluate_network(model, config, out_dir=out, device=me.device)
+            found = evaluate.evaluate_network(model, config, out_dir=out)
             if me.first:
                 print(f"EER {found['eer']:.4f} %, minDCF(0.05) {found['min_dcf_p05']:.5f}; report: {out}")
         return 0

@@ -147,7 +147,7 @@ def test_which_command_lines_are_voxceleb_trainers(tmp_path):
 
 
 def test_switches_of_the_newest_version_and_its_folders():
-    done = legacy.translate("--model ResNetSE34V2 --trainfunc softmax --log_input --seed 3".split())
+    done = legacy.translate(["--model", "ResNetSE34V2", "--trainfunc", "softmax", "--log_input", "--seed", "3"])
     assert done.config.model.log_input and done.config.train.seed == 3
     assert done.config.data.train_root == "data/voxceleb2/dev/wav" and done.config.eval.trials == "data/veri_test.txt"
     assert done.config.eval.root == "data/voxceleb1/test/wav"

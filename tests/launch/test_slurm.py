@@ -7,7 +7,6 @@ speech, 2 nodes x 1 rank where the page has 4 x 8.
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -18,11 +17,24 @@ import pytest
 import yaml
 
 from launch import status, submit
+from launch.jobs import living_owner
 from spknet.train.run_folder import read_state
+from tests.launch.page import (
+    ROOT,
+    RUN,
+    SPEECH,
+    STEPS,
+    documented,
+    job_of,
+    log_of,
+    losses,
+    page_commands,
+    run_words,
+    shell,
+    wait_until_gone,
+)
 from tools import cluster_trials as trials
 
-ROOT = Path(__file__).resolve().parents[2]
-SPEECH = ROOT.parent / "shared" / "speech"
 SANDBOX = ROOT.parent / "shared" / "cluster" / "slurm-sandbox"
 ANSWERS = shutil.which("sinfo") and not subprocess.run(["sinfo", "-h"], capture_output=True).returncode
 
@@ -30,27 +42,7 @@ pytestmark = [
     pytest.mark.skipif(not ANSWERS, reason="no SLURM here: sinfo does not answer"),
     pytest.mark.skipif(not SPEECH.is_dir(), reason="no recordings beside the repository (shared/speech)"),
 ]
-STEPS = 30
 FREE_SECONDS = 30  # from a death to the moment at which the nodes are free
-RUN = set()  # lines of docs/cluster.md that a test has run
-
-
-def page_commands() -> list[str]:
-    """The commands of docs/cluster.md: the lines of its plain code blocks, continued lines joined, comments left out."""
-    parts = re.split(r"^```(.*)\n", (ROOT / "docs" / "cluster.md").read_text(), flags=re.MULTILINE)
-    blocks = [
-        block for kind, block in zip(parts[1::4], parts[2::4]) if not kind
-    ]  # text, kind, block, empty kind of its end, text, ...
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [re.sub(r"\s+", " ", re.sub(r"\s+#.*", "", line)).strip() for line in lines if line.strip()]
-
-
-def documented(beginning: str) -> str:
-    """The command of the page that is this one, or begins so; noted as run."""
-    lines = page_commands()
-    (found,) = [beginning] if beginning in lines else [line for line in lines if line.startswith(beginning)]
-    RUN.add(found)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -94,86 +86,6 @@ def assert_as_undisturbed(run: Path, reference: Path) -> None:
     """Every step once with the same loss, and the same bits of network, loss and optimizer at the end."""
     assert read_state(run)["state"] == "done" and losses(run) == losses(reference)
     assert trials.equal_weights(run, reference, STEPS)
-
-
-def run_words(run: Path, listed: Path, steps: int = STEPS) -> list[str]:
-    return trials.words(SPEECH, run, steps, listed)
-
-
-# Names and sizes of the page, and what stands for them here.
-HERE = {
-    **{
-        "--nodes 4": "--nodes 2",
-        "--gpus-per-node 8": "",
-        "--gpus-per-node 4": "",
-        "--gpus-per-node 1": "",
-        "--partition gpu": "",
-    },
-    **{
-        "--hours 48": "--hours 0.5",
-        "--hours 72": "--hours 0.4",
-        "--account lab": "",
-        "--slurm qos=high": "--signal-delay 60",
-    },
-    **{
-        "--slurm constraint=a100": "",
-        '"module load cuda"': '"export LOADED=cuda"',
-        "-- --config": "--cpus-per-rank 1 -- --config",
-    },
-    **{"--config fast_resnet34_angleproto": "--config RECIPE", "--config RECIPE": "--config RECIPE.yaml"},
-    **{
-        "--cpus-per-task 48": "--cpus-per-task 1",
-        "--cpus-per-task 24": "--cpus-per-task 1",
-        "--ntasks-per-node 8": "--ntasks-per-node 2",
-    },
-    **{
-        "--cpus-per-task 6": "--cpus-per-task 1",
-        "voxceleb1/test/wav": str(SPEECH),
-        "--root DIR": f"--root {SPEECH}",
-        "LIST": "veri_test.txt",
-    },
-    **{
-        "/local/cache": "cache",
-        "gpu[01-04]": "node[1-2]",
-        "--array=0-15": "--array=0-1",
-        "TASKS=16": "TASKS=2",
-        "--array=3,7": "--array=1",
-    },
-}
-
-
-def shell(checkout: Path, line: str, **changed: str) -> str:
-    """Runs a command of the page in the checkout; what it prints. changed: values of the shell's variables."""
-    for name, here in HERE.items():
-        line = re.sub(
-            rf"(?<![\w.]){re.escape(name)}(?![\w.])" if name[0].isalnum() else re.escape(name),
-            lambda _, here=here: here,
-            line,
-        )
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    spknet = f'spknet() {{ {shlex.quote(sys.executable)} -m spknet.cli "$@"; }}; python() {{ {shlex.quote(sys.executable)} "$@"; }}\n'
-    line = line.replace("$job", changed.get("job", "$job"))
-    done = subprocess.run(["bash", "-c", spknet + line], cwd=checkout, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def job_of(run: Path) -> str:
-    return json.loads((run / "job.json").read_text())["job"]
-
-
-def wait_until_gone(job: str, seconds: float = 180) -> None:
-    trials.wait_for(f"the end of job {job}", seconds, lambda: not trials.in_queue(job))
-    # What sacct says lags behind the queue.
-    trials.wait_for("sacct", 30, lambda: trials.lives(job)[-1] not in ("RUNNING", "PENDING", "COMPLETING", "REQUEUED"))
-
-
-def losses(run: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["accuracy"]) for line in trials.trained(run)]
-
-
-def log_of(run: Path, ending: str = ".err") -> str:
-    return Path(json.loads((run / "job.json").read_text())["log"]).with_suffix(ending).read_text()
 
 
 def submitted(capsys, *words) -> tuple[int, str]:
@@ -262,7 +174,7 @@ def test_sbatch_run_survives_a_signal_and_no_second_one_touches_it(checkout, ref
     wait_until_gone(job)
     assert trials.lives(job) == ["REQUEUED", "COMPLETED"], read_logs(checkout, job)
     assert_as_undisturbed(run, reference)
-    assert [s.get("ended") for s in json.loads((run / "launch.json").read_text())["starts"]] == ["signal", None]
+    assert json.loads((run / "launch.json").read_text())["starts"][0]["ended"] == "signal"
     job = shell(
         checkout,
         documented("sbatch --gpus-per-node 8 --cpus-per-task 24 slurm/evaluate.sbatch") + " --out out --no_pictures",
@@ -366,8 +278,8 @@ def test_sweep_of_twelve_with_every_kind_of_end(checkout, monkeypatch):
     (folder / failing / "metrics.jsonl").mkdir(parents=True)
     shell(checkout, documented("spknet sweep my_sweep.yaml"))
     number = job_of(folder / failing).split("_")[0]
-    trials.wait_for("the second run", 120, lambda: (folder / killed / "state.json").exists())
-    os.kill(json.loads((folder / killed / "lock").read_text())["pid"], signal.SIGKILL)
+    trials.wait_for("the second run", 120, lambda: living_owner(folder / killed))
+    os.kill(living_owner(folder / killed)["pid"], signal.SIGKILL)
     ended = lambda state: [s.name for s in status.statuses(folder) if s.state == state]  # noqa: E731
     trials.wait_for("some that are done", 120, lambda: len(ended("done")) >= 2 and failing in ended("failed"))
     shell(checkout, documented("spknet cancel runs/my_sweep"))
@@ -397,6 +309,28 @@ def test_sweep_of_twelve_with_every_kind_of_end(checkout, monkeypatch):
             for line in (folder / f"loss=softmax,M=1,lr=0.0003,seed={s}" / "metrics.jsonl").read_text().splitlines()
             if "eval" in line]  # fmt: skip
     assert f"| softmax | 1 | 0.0003 | 3 | {sum(eers) / 3:.4g} |" in table
+
+
+@pytest.mark.slow
+def test_node_on_which_a_rank_died_twice_is_left_out_and_named(checkout):
+    run = checkout / "runs" / "h"
+    words = [*run_words(run, checkout / "veri_test.txt", steps=12), "--train.save_every_steps=0", f"--run_dir={run}"]
+    job = trials.submit_run(words, "--nodes", "1", "--hours", "0.5", "--signal-delay", "60", "--max-restarts", "0")
+    for life in (1, 2):
+        trials.wait_for(
+            f"step of life {life}", 120, lambda n=life: len(starts_of(run)) == n and trials.last_step(run) >= 1
+        )
+        os.kill(living_owner(run)["pid"], signal.SIGKILL)
+        trials.wait_for("the requeue", 60, lambda: not trials.on_its_nodes(job))
+        (run / "metrics.jsonl").unlink()
+    wait_until_gone(job)
+    first, second, third = (start["nodes"] for start in starts_of(run))
+    assert first == second != third and read_state(run)["state"] == "done"
+    assert f"leaves out {first[0]}: blamed for two ends of this run" in log_of(run)
+
+
+def starts_of(run: Path) -> list[dict]:
+    return json.loads((run / "launch.json").read_text())["starts"] if (run / "launch.json").exists() else []
 
 
 def test_installed_sweep_of_the_page_is_accepted(checkout):
