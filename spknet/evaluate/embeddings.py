@@ -22,6 +22,7 @@ from shards.format import atomic_write
 from spknet.evaluate.scoring import Embedded
 from spknet.evaluate.trials import TrialError, open_text
 
+SAMPLE_RATE = 16000  # Hz, where embeddings.json says nothing
 FILES = ("embeddings.npy", "embeddings.txt", "cohort.npy")
 AGAIN = "make it again with `spknet evaluate --keep_embeddings` or `spknet embed`"
 
@@ -54,8 +55,9 @@ def keep(folder: str | Path, embedded: Embedded, facts: dict, cohort: np.ndarray
             with atomic_write(folder / name) as file:
                 np.save(file, array, allow_pickle=False)
     sums = {name: _digest(folder / name) for name in FILES if (folder / name).is_file()}
+    rate = {} if embedded.sample_rate == SAMPLE_RATE else {"sample_rate": embedded.sample_rate}
     with atomic_write(folder / "embeddings.json") as file:
-        file.write(json.dumps(facts | {"sample_rate": embedded.sample_rate, "sha256": sums}, indent=1).encode())
+        file.write(json.dumps(rate | facts | {"sha256": sums}, indent=1).encode())
 
 
 def load(folder: str | Path) -> tuple[Embedded, np.ndarray | None, dict]:
@@ -78,4 +80,4 @@ def load(folder: str | Path) -> tuple[Embedded, np.ndarray | None, dict]:
     for name, digest in facts.pop("sha256", {}).items():  # folders of earlier versions have none
         if not (folder / name).is_file() or _digest(folder / name) != digest:
             raise TrialError(f"{folder / name} is not what was written there: its SHA-256 differs; {AGAIN}")
-    return Embedded(array, rows, samples, facts.pop("sample_rate", 16000)), cohort, facts
+    return Embedded(array, rows, samples, facts.get("sample_rate", SAMPLE_RATE)), cohort, facts

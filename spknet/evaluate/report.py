@@ -117,7 +117,7 @@ class Report:
                 )
             drawn[f"histogram-{name}"] = plots.histogram(scores, labels, f"{name}, {system}")
             if system == "calibrated" and one.systems:
-                drawn[f"reliability-{name}"] = plots.reliability(scores, labels, name)
+                drawn[f"reliability-{name}"] = plots.reliability(scores, labels, f"{name}, calibrated")
         if everything and self.points is not None:
             drawn["map"] = plots.speaker_map(*self.points)
         return drawn
@@ -285,7 +285,7 @@ def write_html(path: str | Path, content: dict, drawn: dict[str, bytes], made: d
     sections = []
     for entry in content["lists"]:
         name = entry["name"]
-        tables = [("Figures", rows({"lists": [entry]}))]
+        tables = [("Figures", [row[1:] for row in rows({"lists": [entry]})])]
         if "thresholds" in entry:
             tables.append(("Thresholds", thresholds.rows(entry["thresholds"])))
         tables += [(f"By {by}", groups.rows(found)) for by, found in entry.get("groups", {}).items()]

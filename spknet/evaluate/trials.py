@@ -170,7 +170,7 @@ def _odd_pairs(trials: Trials) -> list[str]:
     if again.size:
         a = int(np.argmin(trials.lines[second]))
         lines = f"lines {trials.lines[first[a]]} and {trials.lines[second[a]]}"
-        remarks.append(f"{again.size} trials stand there already, and count each time (first: {lines})")
+        remarks.append(f"{again.size} trials of a pair that an earlier line has tried, all counted (first: {lines})")
     return remarks
 
 

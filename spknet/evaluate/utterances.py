@@ -129,7 +129,7 @@ class Sources:
         where: list = [None] * len(names)
         samples = np.zeros(len(names), dtype=np.int64)
         for number, data in enumerate(self.sets):
-            for form in (str, key_of_name):
+            for form in (str, stem, key_of_name):
                 wanted = [i for i, place in enumerate(where) if place is None]
                 rows = data.find([form(names[i]) for i in wanted]) if wanted else []
                 for i, row in zip(wanted, rows):

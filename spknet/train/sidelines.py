@@ -35,6 +35,7 @@ class Sidelines:
         self.config, self.first = trainer.config, trainer.me.first
         self.run_dir = Path(self.config.run_dir)
         self.meter, self.log = Meter(), None
+        self.stopped = False  # whether a signal came before the first step
         trainer.saved()
 
     def __enter__(self) -> Sidelines:
@@ -48,7 +49,7 @@ class Sidelines:
             self._stack = stack.pop_all()
         known = broadcast(self.log is not None and self.log.has_evaluation(t.step))
         if t.step > 0 and self.evaluation_due() and not known:
-            self.evaluate()  # the run died between this step's checkpoint and its evaluation
+            self.stopped = self.evaluate()  # the run died between this step's checkpoint and its evaluation
         return self
 
     def __exit__(self, *error) -> None:
@@ -65,6 +66,10 @@ class Sidelines:
             # Ranks meet in the step's collectives, so one that is slow stays behind in this alone.
             self.watchdog.says("computing", self.trainer.step, 1)
             yield batch
+
+    def stopped_by(self) -> str:
+        """The signal that asked for the stop, as far as this rank knows."""
+        return self.stop.received or self.watchdog.asked or "a signal to another rank"
 
     def asks(self) -> list[bool]:
         """What this rank asks of all: to stop, to save."""
@@ -120,9 +125,8 @@ class Sidelines:
         return t.step == t.total_steps or (t.step > 0 and t.step % every == 0)
 
     def evaluate(self) -> bool:
-        """Evaluates the network as it is, on all ranks. Returns whether a signal stopped it; it is then done after the restart."""
         """Evaluates the network, averaged where the run averages, on all ranks; a better development EER makes this step
-        the best checkpoint."""
+        the best checkpoint. Returns whether a signal stopped it; it is then done after the restart."""
         t = self.trainer
         self.watchdog.pause("evaluating", t.step)
         folder = self.run_dir / "eval" / f"step-{t.step:08d}"
@@ -131,7 +135,7 @@ class Sidelines:
         with torch.compiler.set_stance("force_eager"), averaged:
             how = {"out_dir": folder, "step": t.step, "trials": t.lists}
             try:
-                figures = evaluation.evaluate_network(t.task.model, self.config, **how, stop=self._is_asked_to_stop)
+                figures = evaluation.evaluate_network(t.task.model, self.config, **how, stop=self.watchdog.stop_asked)
             except evaluation.Stopped:
                 return True
         figures = broadcast(figures)
@@ -144,9 +148,6 @@ class Sidelines:
         if "eer" in figures:  # not with unlabelled lists only
             say(f"step {t.step}: EER {figures['eer']:.2f} %, minDCF(0.01) {figures['min_dcf_p01']:.3f}")
         return False
-
-    def _is_asked_to_stop(self) -> bool:
-        return self.stop.received is not None
 
     def write_metrics(self) -> None:
         t, n = self.trainer, self.trainer.window["steps"]

@@ -164,6 +164,8 @@ class Trainer:
     def train(self, side: Sidelines) -> str | None:
         """Runs to the last step. Returns the name of the signal that stopped it before, or None."""
         c = self.config.train
+        if side.stopped:
+            return side.stopped_by()
         self.task.train()
         if c.chunk and train_batchnorm(self.task.model):
             say(f"train.chunk: BatchNorm's statistics are those of {c.chunk} utterances a rank")
@@ -180,7 +182,7 @@ class Trainer:
                     loss, accuracy = step_at_once(self.task, inputs, self.scaler.scale, self.gradients)
                 asked = self._update(loss, accuracy, side, batch, inputs[0])
                 if side.after_step(asked):
-                    return side.stop.received or "a signal to another rank"
+                    return side.stopped_by()
         return None
 
     def _set_rates(self) -> None:

@@ -153,7 +153,7 @@ def test_self_trials_and_duplicates_are_remarked(tmp_path):
     found = read_trials(write(tmp_path, "1 a/0 a/1\n0 a/0 b/0\n1 a/1 a/0\n1 b/0 b/0\n"))
     assert found.remarks == [
         "1 trials of an utterance with itself, which no system gets wrong (first: line 4)",
-        "1 trials stand there already, and count each time (first: lines 1 and 3)",
+        "1 trials of a pair that an earlier line has tried, all counted (first: lines 1 and 3)",
     ]
     model = read_trials(
         write(tmp_path, "1 a a\n0 a b\n"), {"a": ["x", "y"]}
@@ -179,7 +179,7 @@ def test_a_remark_reaches_the_terminal_the_page_and_the_json(run_dir, corpus, tm
     write(tmp_path, "\n".join([*lines[:40], lines[0]]) + "\n")
     words = ["--checkpoint", run_dir, "--trials", tmp_path / "list.txt", "--root", corpus, "--out", tmp_path / "out"]
     assert command.main([*map(str, words), "--bootstrap", "0", "--device", "cpu", "--threads", "1"]) == 0
-    said = "1 trials stand there already, and count each time (first: lines 1 and 41)"
+    said = "1 trials of a pair that an earlier line has tried, all counted (first: lines 1 and 41)"
     assert f"note: list: {said}" in capsys.readouterr().out
     assert said in json.loads((tmp_path / "out/report.json").read_text())["lists"][0]["remarks"]
     assert said in (tmp_path / "out/report.html").read_text()
