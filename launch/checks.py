@@ -91,7 +91,7 @@ def check_what_is_trained(config: Config, options: argparse.Namespace, seen: dic
     import torch
 
     from spknet.data.batches import Corpus
-    from spknet.evaluate import lists
+    from spknet.evaluate import evaluation
     from spknet.losses import build_loss
     from spknet.models import build_model
 
@@ -104,7 +104,7 @@ def check_what_is_trained(config: Config, options: argparse.Namespace, seen: dic
         classes, rate = seen[key]
         key = repr(config.eval)
         if key not in seen:
-            seen[key] = lists.check(config) is not None
+            seen[key] = evaluation.check(config, sample_rate=rate) is not None
     key = repr((config.model, config.loss, classes, rate, config.data.utterances_per_speaker))
     if key not in seen:
         with torch.device("meta"):

@@ -100,7 +100,7 @@ def _walk(data: bytes, name: str, position: int, step: Callable[[bytes, int], in
         following = step(data, position)
         if following <= position:
             raise _cut(name, f"a part of no length at byte {position}")
-        if following > len(data) + 1:  # an odd part may lack the byte that fills it up
+        if following > len(data):
             raise _cut(name, f"the part at byte {position} ends at byte {following}, the file at {len(data)}")
         position = following
 
@@ -119,8 +119,8 @@ def check_mp4(data: bytes, name: str) -> None:
 
 def check_aiff(data: bytes, name: str) -> None:
     def chunk(data: bytes, at: int) -> int:
-        size = int.from_bytes(data[at + 4 : at + 8], "big")
-        return at + 8 + size + size % 2
+        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "big")
+        return end if end == len(data) else end + (end - at) % 2  # the last may lack the byte that fills it up
 
     _walk(data, name, 12, chunk)
 
@@ -135,10 +135,10 @@ def check_caf(data: bytes, name: str) -> None:
 
 def check_w64(data: bytes, name: str) -> None:
     def chunk(data: bytes, at: int) -> int:
-        size = int.from_bytes(data[at + 16 : at + 24], "little")
-        return at + size + -size % 8
+        end = at + int.from_bytes(data[at + 16 : at + 24], "little")
+        return end if end == len(data) else end + (at - end) % 8
 
-    _walk(data + bytes(-len(data) % 8), name, 40, chunk)
+    _walk(data, name, 40, chunk)
 
 
 def check_au(data: bytes, name: str) -> None:

@@ -25,7 +25,7 @@ COMMANDS = {
     },
     "train": {
         "train": ("spknet.train.__main__", "train a network"),
-        "voxceleb-trainer": ("spknet.train.voxceleb_trainer", "train with voxceleb_trainer's command line"),
+        "voxceleb-trainer": ("spknet.train.voxceleb_trainer_command", "train with voxceleb_trainer's command line"),
         "export": ("spknet.checkpoints.export", "write a checkpoint in another program's format"),
         "recipes": ("spknet.train.recipes", "recipes with their cost and aim"),
         "info": ("spknet.models.describe", "parameters and multiply-adds of the networks"),

@@ -301,8 +301,9 @@ class EvalConfig:
     score: Literal["cosine", "mean_distance"] = option(
         "cosine", "cosine of mean embeddings, or mean distance of all pairs of crops"
     )
+    normalize_embeddings: Literal["auto", "always", "never"] = option("auto", "length 1 first; auto: not after proto")
     padding: Literal["repeat", "zeros"] = option(
-        "repeat", "what fills utterances shorter than crop_seconds; zeros: on both sides"
+        "repeat", "fills what is shorter than crop_seconds; zeros: on both sides"
     )
     metrics: Literal["default", "voxceleb_trainer"] = option("default", "arithmetic of EER and minDCF")
     scores: str | None = option(None, "a file that scores are also written to")

@@ -47,7 +47,7 @@ def load_network(
         config = Config(model=model or legacy.guess_model(state))
         network = build_model(config.model)
         legacy.load_into(network, None, state, allow_partial=False)
-    wanted = ("step", "epoch", "sample_rate", "speakers", "labels", "data_fingerprint")
+    wanted = ("step", "epoch", "sample_rate", "speakers", "dev_speakers", "labels", "data_fingerprint")
     meta = {"path": str(path)} | {name: state[name] for name in wanted if name in state}
     return network.to(device).eval(), config, meta
 

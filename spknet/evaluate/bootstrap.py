@@ -17,6 +17,7 @@ import numpy as np
 from spknet import rng
 from spknet.evaluate.metrics import PRIORS
 
+REPLICATES = 1000  # of published intervals
 NAMES = ("eer", *(f"min_dcf_{name}" for name in PRIORS))
 
 
@@ -70,7 +71,7 @@ def draw(speakers: int, replicates: int, seed: int) -> np.ndarray:
     return np.stack([np.bincount(row, minlength=speakers) for row in chosen])
 
 
-def replicate(scores, labels, left, right, replicates: int = 1000, seed: int = 0) -> np.ndarray:
+def replicate(scores, labels, left, right, replicates: int = REPLICATES, seed: int = 0) -> np.ndarray:
     """Figures of each replicate. left, right: (n,) speaker numbers of the trials' sides -> (replicates, len(NAMES))."""
     resampled = Resampled(np.asarray(scores), labels, left, right)
     speakers = int(max(left.max(), right.max())) + 1

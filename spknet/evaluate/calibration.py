@@ -3,8 +3,10 @@
     LLR = w . [score, qualities] + b - log(targets / non-targets of the calibration trials)
 
 so that a threshold follows from costs and priors alone (Bruemmer & du Preez 2006; quality measures as in Thienpondt et al.
-2021). A quality is symmetric in the sides, the smaller and the larger of both: `duration`, log seconds of speech;
-`magnitude`, log length of the embedding before normalisation.
+2021). A quality is symmetric in the sides. LOGS give the smaller and the larger of both: `duration`, log seconds of speech;
+`magnitude`, log length of the embedding before normalisation. MEASURES are WeSpeaker's and give four numbers each, smaller,
+larger, difference and ratio: `capped_duration`, seconds, 20 at most; `norm`, length of the vector that is scored (after mean
+subtraction); `cohort_mean`, mean of the highest cohort scores that AS-norm uses. With the score they make its 13 inputs.
 
     llr = fit(features(dev_scores, []), dev_labels)(features(scores, []))
 """
@@ -17,7 +19,10 @@ import numpy as np
 
 from spknet.errors import UserError
 
-QUALITIES = ("duration", "magnitude")
+LOGS = ("duration", "magnitude")
+MEASURES = ("capped_duration", "norm", "cohort_mean")
+QUALITIES = LOGS + MEASURES
+LONGEST = 20.0  # seconds, of capped_duration
 
 
 class CalibrationError(UserError):
@@ -36,11 +41,17 @@ class Calibration:
         return rows @ self.weights + self.bias
 
 
-def features(scores: np.ndarray, sides: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Scores (n,) and, for each quality, its values on the left and on the right (n,) -> (n, 1 + 2 * qualities)."""
+def features(scores: np.ndarray, sides: list[tuple], measures: list[tuple] | None = None) -> np.ndarray:
+    """Scores (n,), and values (left (n,), right (n,)) of each quality -> (n, 1 + 2 * sides + 4 * measures).
+
+    sides: min and max of both. measures: min, max, max - min and max / min (0 where min is 0).
+    """
     columns = [np.asarray(scores, dtype=np.float64)]
     for left, right in sides:
         columns += [np.minimum(left, right), np.maximum(left, right)]
+    for left, right in measures or []:
+        low, high = np.minimum(left, right).astype(np.float64), np.maximum(left, right).astype(np.float64)
+        columns += [low, high, high - low, np.divide(high, low, out=np.zeros_like(high), where=low != 0)]
     return np.stack(columns, axis=1)
 
 

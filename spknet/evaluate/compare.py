@@ -8,29 +8,30 @@ and small differences show. A difference is called significant where its 95 % in
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from spknet.errors import run
 from spknet.evaluate import bootstrap, metrics, report
 from spknet.evaluate import plots as pictures
-from spknet.evaluate.trials import TrialError, Trials, list_name, open_text, read_speakers
+from spknet.evaluate.commands import Parser, at_least, check_writable
+from spknet.evaluate.trials import KALDI, TrialError, Trials, list_name, names_in, open_text, read_speakers, speakers
 
 
 def read_report(path: str | Path) -> tuple[Path, dict]:
-    """(folder, report) of an evaluation's folder or its report.json, or of a run's newest evaluation. Raises TrialError."""
+    """(folder, report) of an evaluation's folder, its report.json, or a run (its newest evaluation). Raises TrialError."""
     path = Path(path)
-    if path.is_dir() and not (path / "report.json").exists():  # a run: its newest evaluation
-        path = max(path.glob("eval/step-*/report.json"), default=path / "report.json").parent
-    path = path / "report.json" if path.is_dir() else path
+    if path.is_dir():
+        of_run = sorted(path.glob("eval/step-*/report.json"))
+        path = path / "report.json" if (path / "report.json").is_file() or not of_run else of_run[-1]
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise TrialError(
-            f"{path}: cannot read this report: {error}; give a folder that spknet.evaluate wrote"
+            f"{path}: cannot read this report: {error}; give a folder that spknet.evaluate wrote, or a run with an evaluation"
         ) from error
     if not isinstance(found, dict) or found.get("version") != report.VERSION:
         raise TrialError(f"{path}: expected a report of version {report.VERSION}; evaluate again")
@@ -43,13 +44,16 @@ def read_scores(path: Path) -> tuple[np.ndarray, Trials]:
     tests: dict[str, int] = {}
     scores, left, right, labels = [], [], [], []
     for number, line in open_text(path):
-        words = line.split()
-        if len(words) != 4 or words[3] not in ("target", "nontarget"):
-            raise TrialError(f"{path}, line {number}: expected `score left right target|nontarget`")
-        scores.append(float(words[0]))
-        left.append(models.setdefault(words[1], len(models)))
-        right.append(tests.setdefault(words[2], len(tests)))
-        labels.append(words[3] == "target")
+        try:
+            score, rest = line.split(None, 1)
+            rest, label = rest.rsplit(None, 1)
+            a, b = names_in(rest)
+            scores.append(float(score))
+            labels.append(KALDI[label])
+        except (ValueError, KeyError):
+            raise TrialError(f"{path}, line {number}: expected `score left right target|nontarget`") from None
+        left.append(models.setdefault(a, len(models)))
+        right.append(tests.setdefault(b, len(tests)))
     indices = np.array(left, np.int32), np.array(right, np.int32), np.array(labels, np.int8)
     lines = np.arange(1, len(scores) + 1, dtype=np.int32)
     return np.array(scores), Trials(list_name(path), str(path), list(models), list(tests), *indices, lines, {})
@@ -106,11 +110,11 @@ def compare(found: list, replicates: int, known: dict[str, str] | None = None) -
     rows = []
     base_name, base = found[0]
     for name, (base_scores, trials) in base.items():
-        left, right, _ = report.speaker_numbers(trials, known)
-        contradicting = int(((left == right) != (trials.labels == 1)).sum())
-        if contradicting:
+        who = speakers(trials, known)
+        left, right = who.left, who.right
+        if who.contradicting:
             raise TrialError(
-                f"{trials.path}: {contradicting} labels contradict the speakers in the names, so speakers cannot be drawn for"
+                f"{trials.path}: {who.contradicting} labels contradict the speakers in the names, so speakers cannot be drawn for"
                 " intervals; give --utt2spk FILE with `name speaker` lines"
             )
         drawn = bootstrap.replicate(base_scores, trials.labels, left, right, replicates)
@@ -167,34 +171,31 @@ def table(rows: list[dict]) -> list[list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status (2: something the user gave is wrong)."""
-    parser = argparse.ArgumentParser(prog="spknet compare", description=__doc__.splitlines()[0])
+    """The command line; returns the exit status."""
+    parser = Parser("spknet compare", __doc__)
     parser.add_argument(
-        "reports", nargs="+", help="folders of evaluations, or their report.json; the first is the base"
+        "reports", nargs="+", help="runs, folders of evaluations, or report.json; the first is the base"
     )
-    parser.add_argument("--out", help="folder for compare.json and a DET picture of each list")
-    parser.add_argument("--every_system", action="store_true", help="all systems of each report, not only its last")
-    parser.add_argument("--bootstrap", type=int, default=report.REPLICATES, help="replicates")
-    parser.add_argument("--utt2spk", help="list `utterance speaker`, where names do not begin with the speaker")
+    parser.add("--out", help="folder for compare.json and a DET picture of each list")
+    parser.add(
+        "--every_system", action="store_true", default=False, help="all systems of each report, not only its last"
+    )
+    parser.add("--bootstrap", type=at_least(1), default=bootstrap.REPLICATES, help="replicates of the intervals")
+    parser.add("--utt2spk", help="list `utterance speaker`, where names do not begin with the speaker")
     chosen = parser.parse_args(argv)
-    try:
-        known = read_speakers(chosen.utt2spk) if chosen.utt2spk else None
-        found = systems(chosen.reports, chosen.every_system)
-        rows = compare(found, chosen.bootstrap, known)
-    except TrialError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report.text(table(rows)))
+    found = systems(chosen.reports, chosen.every_system)
+    if chosen.out:
+        check_writable(chosen.out)
+    rows = compare(found, chosen.bootstrap, read_speakers(chosen.utt2spk) if chosen.utt2spk else None)
+    print(report.text_table(table(rows)))
     print("* the 95 % interval of the difference to the first system leaves out zero")
     if chosen.out:
-        out = Path(chosen.out)
-        out.mkdir(parents=True, exist_ok=True)
-        report.write_json(out / "compare.json", {"version": report.VERSION, "rows": rows})
+        report.write_json(Path(chosen.out) / "compare.json", {"version": report.VERSION, "rows": rows})
         for name in found[0][1]:
             curves = {system: (lists[name][0], lists[name][1].labels) for system, lists in found}
-            pictures.save(out / f"det-{name}.png", pictures.det(curves, name))
+            pictures.save(Path(chosen.out) / f"det-{name}.png", pictures.det(curves, name))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -5,66 +5,49 @@ of exactly the same length share a batch of at most `batch_seconds` (nothing is 
 an utterance with its crops never leaves its batch, and whole batches are dealt to ranks, longest first to the rank with
 the least to do. Rank 0 gathers the embeddings as tensors, block by block.
 
-Crops follow voxceleb_trainer: `crops` starts spread evenly, `linspace(0, length - crop, crops)` truncated; an utterance no
-longer than the crop is first repeated until it is one sample longer (`zeros`: padded on both sides, as in 2020).
-
-    rows = embed(model, sources, places, Crops(16000 * 4, 10), device=device)  # (utterances, crops, dimensions) on rank 0
+    rows = embed(model, sources, places, Embedding(Crops(16000 * 4, 10)))  # (utterances, crops, dimensions) on rank 0
 """
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from spknet.config import ConfigError
-from spknet.evaluate.utterances import Places, Sources
+from spknet.checkpoints.network import load_network
+from spknet.errors import run
+from spknet.evaluate import embeddings as kept
+from spknet.evaluate.commands import Parser, at_least, check_writable
+from spknet.evaluate.scoring import Embedded
+from spknet.evaluate.trials import TrialError, open_text
+from spknet.evaluate.utterances import Crops, Places, Sources
+from spknet.messages import Progress
 from spknet.parallel.gather import rank, world_size
+from spknet.parallel.ranks import ranks
+from spknet.parallel.together import gather_objects, on_first, raise_together
 
-SHORTEST_SECONDS = 0.5  # shorter utterances are repeated to this length: networks need a few dozen frames
 GATHERED = 4096  # rows of a rank that travel at a time
 READERS = 2  # threads that read and decode ahead of the network
 
 
+class Stopped(Exception):
+    """Embedding was asked to stop (Embedding.stop said so on some rank); raised on every rank."""
+
+
 @dataclass(frozen=True)
-class Crops:
-    """What of an utterance is embedded: `count` crops of `samples` PCM samples, or with samples 0 all of it, once."""
+class Embedding:
+    """How utterances are embedded."""
 
-    samples: int = 0
-    count: int = 1
-    padding: str = "repeat"  # of short utterances: repeat, or zeros
-    shortest: int = 8000  # samples that whole utterances are repeated to
-
-    def __post_init__(self):
-        if self.count < 1 or (self.samples == 0 and self.count != 1):
-            raise ConfigError(
-                f"{self.count} crops of {self.samples} samples: several crops want eval.crop_seconds above 0"
-            )
-
-    def cut(self, audio: np.ndarray) -> np.ndarray:
-        """(samples,) int16 -> (count, crop) int16."""
-        if self.samples == 0:
-            return np.resize(audio, max(len(audio), self.shortest))[None]
-        if len(audio) <= self.samples:
-            if self.padding == "zeros":
-                side = (self.samples - len(audio) + 1) // 2
-                audio = np.pad(audio, (side, side))
-            else:
-                audio = np.resize(audio, self.samples + 1)
-        starts = np.linspace(0, len(audio) - self.samples, self.count).astype(np.int64)
-        return np.stack([audio[start : start + self.samples] for start in starts])
-
-    def length(self, samples: np.ndarray) -> np.ndarray:
-        """Length of the crops of utterances that are `samples` long."""
-        return np.full_like(samples, self.samples) if self.samples else np.maximum(samples, self.shortest)
+    crops: Crops = Crops()
+    batch_seconds: float = 60.0  # audio in one forward pass
+    bf16: bool = False
+    stop: Callable[[], bool] | None = None  # asked between batches on each rank; where it says yes, Stopped is raised
 
 
 def plan(samples: np.ndarray, crops: Crops, batch_samples: int) -> list[np.ndarray]:
@@ -91,58 +74,56 @@ def deal(costs: list[int], ranks: int) -> list[list[int]]:
 
 
 def embed(
-    model: torch.nn.Module,
-    sources: Sources,
-    places: Places,
-    crops: Crops,
-    *,
-    device: torch.device | str = "cpu",
-    batch_seconds: float = 60.0,
-    bf16: bool = False,
-    what: str = "embedding",
+    model: torch.nn.Module, sources: Sources, places: Places, how: Embedding, what: str = "embedding"
 ) -> np.ndarray | None:
     """Embeddings (utterances, crops, dimensions), float32 (float64 of a float64 network), on rank 0; None elsewhere.
 
-    sources: at the network's sample rate. Called on all ranks with the same places. The network is put in eval mode and left as it was. A failure on one rank
-    (a damaged file) is raised on all.
+    Called on all ranks with the same places. The network stays where it is; it is put in eval mode and left as it was. A
+    failure on one rank (a damaged file) is raised on all; so is Stopped. what: the name on the progress bar.
     """
-    batches = plan(places.samples, crops, round(batch_seconds * sources.sample_rate))
-    costs = [int(crops.length(places.samples[batch]).sum()) * crops.count for batch in batches]
+    batches = plan(places.samples, how.crops, round(how.batch_seconds * sources.sample_rate))
+    costs = [int(how.crops.length(places.samples[batch]).sum()) * how.crops.count for batch in batches]
     dealt = deal(costs, world_size())
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     own, failure = None, None
     try:
-        own = _embed_batches(model, sources, places, crops, [batches[i] for i in dealt[rank()]], device, bf16, what)
+        mine = [batches[i] for i in dealt[rank()]]
+        with Progress(sum(map(len, mine)), unit=f"{what}: utterance", shown=rank() == 0) as progress:
+            own = _embed_batches(model, _read_ahead(sources, places, how.crops, mine), how, progress)
     except Exception as error:  # raised again below, after the other ranks know
         failure = error
     finally:
         for module, training in modes:
             module.training = training
-    _raise_together(failure)
+    if any(gather_objects(isinstance(failure, Stopped))):
+        raise Stopped(f"asked to stop: {what}")
+    raise_together(failure, what)
     rows = [np.concatenate([batches[i] for i in share]) if share else np.empty(0, np.int64) for share in dealt]
-    return _gather(own, rows, crops.count, device)
+    return _gather(own, rows, how.crops.count, _place(model)[0])
 
 
-def _embed_batches(model, sources, places, crops, batches, device, bf16, what) -> torch.Tensor | None:
+def _place(model: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
+    first = next(model.parameters(), torch.empty(0))
+    return first.device, first.dtype
+
+
+def _embed_batches(model, waves: Iterator[np.ndarray], how: Embedding, progress: Progress) -> torch.Tensor | None:
     """(own utterances, crops, dimensions) in the order of the batches, on the CPU; None without batches."""
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    device = torch.device(device)
+    device, dtype = _place(model)
     done = []
-    bar = tqdm(
-        total=sum(map(len, batches)), desc=what, unit="utt", delay=3, mininterval=1, disable=rank() != 0, leave=False
-    )
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), bar:
-        for batch, audio in zip(batches, _read_ahead(sources, places, crops, batches)):
-            waves = torch.from_numpy(audio).to(device).to(dtype) / 32768
-            rows = model(waves)  # (batch * crops, dimensions)
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=how.bf16):
+        for audio in waves:
+            if how.stop is not None and how.stop():
+                raise Stopped("asked to stop while embedding")
+            rows = model(torch.from_numpy(audio).to(device).to(dtype) / 32768)  # (batch * crops, dimensions)
             rows = rows.double() if dtype == torch.float64 else rows.float()
-            done.append(rows.reshape(len(batch), crops.count, -1).cpu())
-            bar.update(len(batch))
+            done.append(rows.reshape(len(audio) // how.crops.count, how.crops.count, -1).cpu())
+            progress.advance(by=len(done[-1]))
     return torch.cat(done) if done else None
 
 
-def _read_ahead(sources, places, crops, batches) -> Iterator[np.ndarray]:
+def _read_ahead(sources: Sources, places: Places, crops: Crops, batches: list[np.ndarray]) -> Iterator[np.ndarray]:
     """The audio of each batch, (utterances * crops, samples) int16, a few batches ahead of the network."""
 
     def load(batch):
@@ -161,19 +142,6 @@ def _read_ahead(sources, places, crops, batches) -> Iterator[np.ndarray]:
                 future.cancel()
 
 
-def _raise_together(failure: Exception | None) -> None:
-    """Raises this rank's failure, or on the other ranks a RuntimeError that names the rank and the failure."""
-    if world_size() > 1:
-        messages: list = [None] * world_size()
-        dist.all_gather_object(messages, None if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is None:
-            for other, message in enumerate(messages):
-                if message is not None:
-                    raise RuntimeError(f"rank {other} failed while embedding: {message}")
-    if failure is not None:
-        raise failure
-
-
 def _gather(own: torch.Tensor | None, rows: list[np.ndarray], crops: int, device) -> np.ndarray | None:
     """This rank's embeddings (or None) and the utterances of every rank -> all embeddings in order, on rank 0."""
     if world_size() == 1:
@@ -183,8 +151,7 @@ def _gather(own: torch.Tensor | None, rows: list[np.ndarray], crops: int, device
         out[rows[0]] = own.numpy()
         return out
     carrier = torch.device(device) if dist.get_backend() == "nccl" else torch.device("cpu")
-    shapes: list = [None] * world_size()
-    dist.all_gather_object(shapes, None if own is None else (own.shape[2], own.dtype))
+    shapes = gather_objects(None if own is None else (own.shape[2], own.dtype))
     known = [shape for shape in shapes if shape is not None]
     if not known:
         return np.empty((0, crops, 0), np.float32) if rank() == 0 else None
@@ -204,60 +171,63 @@ def _gather(own: torch.Tensor | None, rows: list[np.ndarray], crops: int, device
     return out.numpy() if rank() == 0 else None
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="spknet embed", description="embeddings of audio files")
-    parser.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
-    parser.add_argument("--list", required=True, help="file whose lines end in the name of an utterance")
-    parser.add_argument("--root", nargs="+", help="folders that the names start from")
-    parser.add_argument("--shards", nargs="+", help="packed data sets that hold the utterances")
-    parser.add_argument("--out", required=True, help="folder for embeddings.npy and the names")
-    parser.add_argument("--crop_seconds", type=float, default=0.0, help="length of a crop; 0: whole utterances")
-    parser.add_argument("--crops", type=int, default=1, help="crops spread evenly over an utterance")
-    parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in one forward pass")
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a rank; 0: an equal share of the cores")
-    return parser.parse_args(argv)
+def read_names(path: str, sources: Sources) -> Places:
+    """The utterances that the lines of a list name, each once, in its order. Raises TrialError.
+
+    A name is the line's last word, or what follows the first (a training list whose paths hold spaces), or the whole line:
+    whichever is found for every line.
+    """
+    lines = [line.strip() for _, line in open_text(path) if line.strip()]
+    if not lines:
+        raise TrialError(f"{path}, line 1: the list is empty; expected lines that end in the name of an utterance")
+    forms = (lambda line: line.split()[-1], lambda line: line.split(None, 1)[-1], lambda line: line)
+    tried = [
+        sources.locate(list(dict.fromkeys(map(form, lines)))) for form in forms[: 3 if " " in "".join(lines) else 1]
+    ]
+    places = min(tried, key=lambda places: len(places.missing()))
+    if places.missing():
+        first = tried[0].missing()[0]
+        line = next(n for n, text in open_text(path) if text.strip().endswith(first))
+        raise TrialError(f"{path}, line {line}: {first} not found in {sources.describe(first)}")
+    return sources.measure(places)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`spknet embed --checkpoint RUN --list FILES --root FOLDER --out FOLDER`: embeddings of audio files.
+    """`spknet embed --checkpoint RUN --list FILES --root FOLDER --out FOLDER`: embeddings of audio files, in the list's order.
 
     The last word of each line names an utterance, so training lists do as they are; alone or under torchrun.
     """
-    from shards.format import ShardError
-    from spknet.checkpoints.file import CheckpointError
-    from spknet.checkpoints.network import load_network
-    from spknet.evaluate import embeddings as kept
-    from spknet.evaluate.systems import Embedded
-    from spknet.evaluate.trials import TrialError, open_text
-    from spknet.parallel.ranks import RankError, ranks
-
-    chosen = arguments(argv)
-    try:
-        names = sorted({line.split()[-1] for _, line in open_text(chosen.list) if line.strip()})
-        with ranks(chosen.device, chosen.threads) as me:
-            model, config, meta = load_network(chosen.checkpoint, me.device)
-            rate = model.sample_rate
-            crops = Crops(round(chosen.crop_seconds * rate), chosen.crops, shortest=round(SHORTEST_SECONDS * rate))
-            sources = Sources(chosen.shards, chosen.root, rate)
-            places = sources.locate(names)
-            if places.missing():
-                raise TrialError(f"{chosen.list}: {places.missing()[0]} not found in {sources.describe(chosen.shards)}")
-            places = sources.measure(places)
-            how = {"batch_seconds": chosen.batch_seconds, "bf16": chosen.precision == "bf16"}
-            found = embed(model, sources, places, crops, device=me.device, **how)
-            if me.first:
-                settings = {"score": config.eval.score, "crops": chosen.crops, "crop_seconds": chosen.crop_seconds}
-                facts = {"path": meta["path"], "step": meta.get("step"), "loss": config.loss.name, "eval": settings}
-                facts["sample_rate"] = rate
-                kept.keep(chosen.out, Embedded(found, {n: i for i, n in enumerate(names)}, places.samples, rate), facts)
-                print(f"{chosen.out}: {len(names)} utterances, {found.shape[-1]} dimensions")
-    except (TrialError, ShardError, CheckpointError, RankError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = Parser("spknet embed", "embeddings of audio files")
+    parser.add("--checkpoint", required=True, help="run folder or checkpoint file")
+    parser.add("--list", required=True, help="file whose lines end in the name of an utterance")
+    parser.add("--root", nargs="+", help="folders that the names start from; absolute names need none")
+    parser.add("--shards", nargs="+", help="packed data sets that hold the utterances")
+    parser.add("--out", required=True, help="folder for embeddings.npy and the names")
+    parser.add("--crop_seconds", type=at_least(0.0), default=0.0, help="length of a crop; 0: whole utterances")
+    parser.add("--crops", type=at_least(1), default=1, help="crops spread evenly over an utterance")
+    parser.add("--batch_seconds", type=at_least(0.0, True), default=60.0, help="audio in one forward pass, seconds")
+    parser.add("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add("--threads", type=at_least(0), default=0, help="CPU threads of a rank; 0: an equal share of the cores")
+    chosen = parser.parse_args(argv)
+    with ranks(chosen.device, chosen.threads) as me:
+        model, config, meta = load_network(chosen.checkpoint, me.device)
+        crops = Crops.of_seconds(chosen.crop_seconds, chosen.crops, model.sample_rate)
+        sources = Sources(chosen.shards, chosen.root, model.sample_rate)
+        places = on_first("reading the list", lambda: read_names(chosen.list, sources))
+        on_first("looking at --out", lambda: check_writable(chosen.out), share=False)
+        how = Embedding(crops, chosen.batch_seconds, chosen.precision == "bf16")
+        rows = embed(model, sources, places, how)
+        if me.first:
+            settings = {"score": config.eval.score, "crops": chosen.crops, "crop_seconds": chosen.crop_seconds}
+            facts = kept.identity(meta) | {"loss": config.loss.name, "eval": settings}
+            numbers = {name: i for i, name in enumerate(places.names)}
+            kept.keep(chosen.out, Embedded(rows, numbers, places.samples, model.sample_rate), facts)
+            print(f"{chosen.out}: {len(places.names)} utterances, {rows.shape[-1]} dimensions")
+            if places.notes:
+                print(f"note: {places.notes}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

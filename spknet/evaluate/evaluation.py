@@ -1,41 +1,257 @@
-"""Evaluation of a network on trial lists: embed every utterance once, score every list, report.
+"""Evaluation as a library: every utterance embedded once, every list scored by one System, one Report.
 
-RUN/eval/step-00001200/scores.txt    `score left right target|nontarget` a trial of the first list, in its order
-                       scores-NAME.txt  the same for each further list
-                       report.json   every figure with its interval (spknet.evaluate.report)
-                       det.png       miss against false-alarm rate (spknet.evaluate.plots)
+    lists = open_lists("veri_test.txt", root="voxceleb1/test/wav")
+    report = evaluate(network, lists, System(top=300, cohort="runs/a")); report.write("out"); report.numbers()["eer"]
 
-python -m spknet.evaluate --checkpoint runs/a --trials veri_test.txt --root voxceleb1/test/wav      (or under torchrun)
+The way of a list to its EER: lists (read, found) -> embed -> systems -> scoring -> metrics. Called on all ranks; what is not
+embedding happens on rank 0.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import sys
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from shards.format import ShardError, atomic_write
+from shards.format import atomic_write
 from spknet import rng
-from spknet.checkpoints.file import CheckpointError
 from spknet.checkpoints.network import load_network
-from spknet.config import Config, ConfigError, DataConfig, EvalConfig, LossConfig
-from spknet.evaluate import embeddings as kept
-from spknet.evaluate import groups as breakdown
-from spknet.evaluate import report, scoring
-from spknet.evaluate.assess import Ask, assess, flat
-from spknet.evaluate.calibration import QUALITIES, CalibrationError
-from spknet.evaluate.embed import embed
-from spknet.evaluate.lists import Prepared, check, crops_of, embed_lists, on_first, read_lists, require, utterances
-from spknet.evaluate.scoring import ScoringError
-from spknet.evaluate.systems import Backend, Embedded, cohort_places, speaker_means, trained_speakers
-from spknet.evaluate.trials import TrialError, read_speakers
-from spknet.evaluate.utterances import Sources
-from spknet.parallel.ranks import RankError, ranks
+from spknet.config import Config
+from spknet.evaluate import bootstrap, cohort, groups, metrics, scoring
+from spknet.evaluate.commands import check_file
+from spknet.evaluate.embed import Embedding, Stopped, embed
+from spknet.evaluate.lists import Cohort, Lists, open_lists, read_lists, require, utterances
+from spknet.evaluate.report import ListReport, Report
+from spknet.evaluate.scoring import Embedded, ScoringError
+from spknet.evaluate.systems import System
+from spknet.evaluate.thresholds import threshold_card
+from spknet.evaluate.trials import Speakers, TrialError, Trials, speaker_of, speakers
+from spknet.evaluate.utterances import SAMPLE_RATE, Crops, Sources, as_list
+from spknet.parallel.together import on_first
 
-USER_ERRORS = (TrialError, ShardError, ScoringError, CalibrationError, ConfigError, CheckpointError, RankError)
+__all__ = ["Asked", "Stopped", "check", "evaluate", "evaluate_network"]
+
+INVERTED = (
+    "the EER is above 50 %: a target scores lower than a non-target more often than not; are the labels inverted? 1 (target) is"
+    " the same speaker"
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a report is to contain."""
+
+    metrics: str = "default"  # arithmetic of EER and minDCF: default or voxceleb_trainer
+    bootstrap: int = bootstrap.REPLICATES  # replicates of the intervals; 0: none
+    breakdown: bool = True  # by duration, and by the columns `by` of the metadata
+    by: tuple[str, ...] = ()
+    metadata: tuple | None = None  # spknet.evaluate.groups.read_metadata's
+    speakers: dict[str, str] | None = None  # utterance or model -> speaker, where names do not tell
+    ready: Callable[[Lists], None] | None = None  # called on rank 0 before anything is embedded: a last look
+    keep: Callable[[Embedded, np.ndarray | None], None] | None = (
+        None  # called there before scoring with what was embedded
+    )
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What scoring needs: lists, embeddings, the system with its cohort as an array, and embeddings scored plainly beside."""
+
+    lists: Lists
+    embedded: Embedded
+    system: System
+    beside: dict[str, Embedded]
+
+
+def evaluate(
+    network: torch.nn.Module | Embedded,
+    lists: Lists | Callable[[], Lists | None] | str | list[str] | None,
+    system: System | None = None,
+    how: Embedding | None = None,
+    asked: Asked | None = None,
+    beside: dict[str, torch.nn.Module] | None = None,
+) -> Report | None:
+    """The report of a network on trial lists; on rank 0, None elsewhere. Called on all ranks. Of embeddings: on one rank.
+
+    lists: of `open_lists`, a function that opens them, or paths of lists of absolute names; looked at on rank 0 only. how:
+    of embedding. beside: networks that are scored plainly too. Raises UserErrors (everything that can be wrong is looked at
+    before embedding), and Stopped where how.stop says so.
+    """
+    system, how, asked = system or System(), how or Embedding(), asked or Asked()
+    if isinstance(network, Embedded):
+        opened = ready(network, lists, system, asked)
+        return score(Extracted(opened, network, system, {}), asked)
+    extracted = extract(network, lambda: ready(network, lists, system, asked), system, how, beside or {})
+    return on_first("scoring", lambda: score(extracted, asked), share=False)
+
+
+def extract(network, opens: Callable[[], Lists], system: System, how: Embedding, beside: dict) -> Extracted | None:
+    """The first half of `evaluate`: everything embedded. opens: called on rank 0."""
+    system, places = system if system.threads else replace(system, threads=torch.get_num_threads()), None
+    if system.wants_cohort:
+        places = on_first("looking for the cohort", lambda: _cohort_places(system, network.sample_rate))
+    lists = on_first("reading the lists", opens, share=False)
+    embedded = _embed_lists(network, lists, how, "utterances")
+    if places is not None:
+        roots, where, of = places
+        rows = embed(network, Sources(*roots, network.sample_rate), where, how, "cohort")
+        system = replace(system, cohort=None if rows is None else cohort.speaker_means(rows, of, system.normalize))
+    others = {name: _embed_lists(other, lists, how, name) for name, other in beside.items()}
+    return None if lists is None else Extracted(lists, embedded, system, others)
+
+
+def ready(network, lists, system: System, asked: Asked) -> Lists:
+    """The lists, once everything that can be wrong with them and with the system has been looked at."""
+    system.check()
+    kept = isinstance(network, Embedded)
+    lists = lists() if callable(lists) else lists
+    if lists is None or (isinstance(lists, Lists) and not lists.lists):
+        raise TrialError("no list to evaluate: the run names none; give --trials LIST --root FOLDER")
+    if not isinstance(lists, Lists):
+        lists = read_lists(lists) if kept else open_lists(lists, sample_rate=network.sample_rate)
+    if kept:
+        require(lists, set(utterances(lists)) - set(network.rows), lambda _: "the embeddings")
+        if system.wants_cohort and not isinstance(system.cohort, np.ndarray):
+            raise ScoringError(
+                "these embeddings hold no cohort.npy; extract once more with --as_norm and --keep_embeddings"
+            )
+    if system.calibration is True and lists.dev is None:
+        raise ScoringError("calibration is learned on development trials with labels; give --dev_trials LIST")
+    _check_breakdown(lists, asked)
+    if asked.ready is not None:
+        asked.ready(lists)
+    return lists
+
+
+def _cohort_places(system: System, sample_rate: int) -> tuple | None:
+    """((data sets, folders), utterances, speaker of each) of a cohort that is to be embedded; None where it is there."""
+    system.check()
+    if isinstance(system.cohort, np.ndarray):
+        return None
+    source = system.cohort or Cohort()
+    if not isinstance(source, Cohort):
+        source = Cohort.of_run(*load_network(source)[1:])
+    where, of = source.places(sample_rate)
+    if system.top:
+        cohort.check_top(system.top, len(set(of.tolist())))
+    return (source.shards, source.root), where, of
+
+
+def _embed_lists(model: torch.nn.Module, lists: Lists | None, how: Embedding, what: str) -> Embedded | None:
+    """Embedded utterances of rank 0's lists, on rank 0 (None elsewhere). Called on all ranks."""
+    known = on_first("sharing the lists", lambda: (lists.places, (lists.sources.folders, lists.sources.roots)))
+    places, where = known
+    sources = lists.sources if lists else Sources(*where, model.sample_rate)
+    rows = embed(model, sources, places, how, what)
+    return None if rows is None else Embedded(rows, lists.rows, places.samples, sources.sample_rate)
+
+
+def _check_breakdown(lists: Lists, asked: Asked) -> None:
+    """Raises TrialError for breakdowns that cannot be."""
+    if asked.by and not asked.metadata:
+        raise TrialError("--by names columns of a CSV; give it as --metadata FILE")
+    for trials in lists.lists:
+        for column in asked.by:
+            groups.groups_of(trials, column, asked.metadata, asked.speakers)
+
+
+def score(extracted: Extracted, asked: Asked) -> Report:
+    """The second half of `evaluate`: every list by every system, with its figures."""
+    lists, embedded, system = extracted.lists, extracted.embedded, extracted.system
+    if asked.keep is not None:
+        asked.keep(embedded, system.cohort if system.wants_cohort else None)
+    if system.calibration is True:
+        system = system.learned(lists.dev, embedded)
+    reports = []
+    for trials, role in zip(lists.lists, lists.roles):
+        plain = {name: system.plain().scores(trials, other) for name, other in extracted.beside.items()}
+        scores = {name: list(found.values())[-1] for name, found in plain.items()} | system.scores(trials, embedded)
+        reports.append(ListReport(trials, role, scores, remarks=list(trials.remarks)))
+    labelled = [one for one in reports if one.trials.labels is not None]
+    dev = next((one for one in labelled if one.role == "dev"), None)
+    for one in labelled:
+        _describe(one, dev, embedded, asked)
+    report = Report(reports)
+    if lists.places is not None and lists.places.notes:
+        report.facts["audio"] = lists.places.notes
+    if labelled:
+        names = labelled[0].trials.utterances()
+        rows = scoring.vectors(embedded.embeddings[[embedded.rows[name] for name in names]])
+        report.points = scoring.unit(rows), [speaker_of(name, asked.speakers) for name in names]
+    return report
+
+
+def _describe(one: ListReport, dev: ListReport | None, embedded: Embedded, asked: Asked) -> None:
+    """Fills in a labelled list's figures, thresholds, groups and remarks."""
+    trials, labels, who = one.trials, one.trials.labels, speakers(one.trials, asked.speakers)
+    one.speakers = len(who.names)
+    for system, scores in one.scores.items():
+        options = {"definition": asked.metrics, "replicates": asked.bootstrap, "llr": system == "calibrated"}
+        one.systems[system] = figures(scores, trials, who, **options)
+    system, scores = one.last
+    last = one.systems[system]
+    if last["interval"] is None and asked.bootstrap:
+        one.remarks.append(f"no intervals: {last['no_interval']}")
+    if last["eer"] > 50:
+        one.remarks.append(INVERTED)
+    if one.role == "test":
+        one.thresholds = threshold_card(
+            (scores, labels), None if dev is None else (dev.scores[system], dev.trials.labels)
+        )
+    if asked.breakdown:
+        threshold = last["eer_threshold"]
+        shorter = np.minimum(*embedded.sides(trials, embedded.seconds, np.sum))
+        one.groups["shorter side"] = groups.by_duration(scores, labels, shorter, threshold)
+        for column in asked.by:
+            sides = groups.groups_of(trials, column, asked.metadata, asked.speakers)
+            one.groups[column] = groups.by_group(scores, labels, *sides, threshold)
+
+
+def figures(
+    scores: np.ndarray,
+    trials: Trials,
+    who: Speakers | None = None,
+    *,
+    definition: str = "default",
+    replicates: int = bootstrap.REPLICATES,
+    llr: bool = False,
+) -> dict:
+    """Figures of one system on one labelled list, with 95 % intervals over speakers (who: None for those the names tell).
+
+    definition: of EER and minDCF, default or voxceleb_trainer. llr: scores are log-likelihood ratios. `interval` is None, with
+    the reason in `no_interval`, where names do not tell speakers.
+    """
+    found = metrics.figures(scores, trials.labels, definition)
+    if llr:
+        found |= metrics.llr_figures(scores, trials.labels)
+    who = who or speakers(trials)
+    if who.contradicting or replicates == 0 or len(who.names) < 2:
+        said = f"{who.contradicting} labels contradict the speakers in the names; give --utt2spk"
+        said = said if who.contradicting else "all trials are of one speaker" if replicates else "not asked for"
+        return found | {"interval": None, "no_interval": said}
+    drawn = bootstrap.replicate(scores, trials.labels, who.left, who.right, replicates)
+    return found | {"interval": bootstrap.intervals(drawn), "replicates": replicates}
+
+
+def check(config: Config, enrolment: str | None = None, sample_rate: int = SAMPLE_RATE) -> Lists | None:
+    """The lists that config.eval names, with everything looked at that can be wrong; None where it names none.
+
+    enrolment: a list of models of several utterances. sample_rate: the network's, Hz, and so the audio's. Talks to no other
+    rank. Raises UserErrors: list, line, what is wrong.
+    """
+    how_of(config, sample_rate)
+    system_of(config).check()
+    if not as_list(config.eval.trials) + as_list(config.eval.dev_trials):
+        return None
+    where = {"root": config.eval.root, "shards": config.eval.shards, "sample_rate": sample_rate}
+    lists = open_lists(config.eval.trials, config.eval.dev_trials, **where, enrolment=enrolment)
+    if config.eval.scores:
+        check_file(config.eval.scores)
+    return lists
 
 
 def evaluate_network(
@@ -44,26 +260,27 @@ def evaluate_network(
     *,
     out_dir: str | Path,
     step: int = 0,
-    device: torch.device | str = "cpu",
-    trials: Prepared | None = None,
+    trials: Lists | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> dict:
-    """Evaluates on config.eval.trials and dev_trials; called on all ranks; writes out_dir on rank 0.
+    """Evaluates on config.eval.trials and dev_trials where the network is; called on all ranks; writes out_dir on rank 0.
 
-    trials: what `check(config)` gave, to save checking again. Returns on rank 0 {"eer" (percent), "min_dcf_p01",
-    "min_dcf_p05", ...} of the first test list (of the development list where there is no other), the same of the
-    development list as "dev_eer", ..., and of every list under "lists"; {} on other ranks.
+    trials: what `check(config)` gave on rank 0, to save checking again. stop: asked between batches on every rank; where it
+    says yes, Stopped is raised on all. Returns on rank 0 {"eer" (percent), "min_dcf_p01", "min_dcf_p05", ...} of the first
+    test list (of the development list where there is no other), the same of the development list as "dev_eer", ..., and of
+    every list under "lists"; {} on other ranks.
     """
-    prepared = on_first(lambda: trials or check(config, sample_rate=model.sample_rate), share=False)
-    embedded = embed_lists(model, config, prepared, device, what="evaluation")
-    ask = Ask(metrics=config.eval.metrics, pictures=False, breakdown=False)
+    rate, asked = model.sample_rate, Asked(metrics=config.eval.metrics, breakdown=False)
+    how = replace(how_of(config, rate), stop=stop)
+    report = evaluate(model, lambda: trials or check(config, sample_rate=rate), system_of(config), how, asked)
 
     def finish() -> dict:
-        lists = prepared.lists, prepared.roles
-        found = flat(assess(*lists, embedded, backend_of(config), Path(out_dir), {"step": step}, ask))
+        report.facts = {"step": step} | report.facts
+        report.write(out_dir, pictures=False)
         keep_scores(config, Path(out_dir))
-        return found
+        return report.numbers()
 
-    return on_first(finish, share=False) or {}
+    return on_first("reporting", finish, share=False) or {}
 
 
 def keep_scores(config: Config, out_dir: Path) -> None:
@@ -73,197 +290,22 @@ def keep_scores(config: Config, out_dir: Path) -> None:
             file.write((out_dir / "scores.txt").read_bytes())
 
 
-def backend_of(config: Config, **options) -> Backend:
-    """The plain scoring that config.eval asks for, with the options of spknet.evaluate.systems.Backend."""
+def how_of(config: Config, sample_rate: int) -> Embedding:
+    """What of each utterance is embedded, as config.eval says. Raises ConfigError for crops that cannot be."""
+    crops = Crops.of_seconds(config.eval.crop_seconds, config.eval.crops, sample_rate, config.eval.padding)
+    return Embedding(crops, config.eval.batch_seconds)
+
+
+def system_of(config: Config) -> System:
+    """The plain scoring that config.eval asks for."""
+    said, score = config.eval.normalize_embeddings, config.eval.score
     # voxceleb_trainer does not length-normalise the embeddings of a network trained with proto.
-    return Backend(config.eval.score, normalize=config.loss.name != "proto", **options)
+    auto = not (score == "mean_distance" and config.loss.name == "proto")
+    return System(score, normalize={"auto": auto, "always": True, "never": False}[said])
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Options of the config's group eval may be written --eval.NAME too."""
-    parser = argparse.ArgumentParser(prog="python -m spknet.evaluate", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--checkpoint", help="run folder, checkpoint file, or one of voxceleb_trainer's")
-    add("--embeddings", help="score again from a folder that --keep_embeddings wrote; nothing is extracted")
-    add(
-        "--out",
-        help="folder for scores, report.json, report.html and pictures (default: evaluation)",
-        default="evaluation",
-    )
-    for name, options in EVAL_OPTIONS.items():
-        add(f"--{name}", f"--eval.{name}", dest=name, **options)
-    add("--enrolment", help="list of models of several utterances: `model utterance ...` a line")
-    add("--utt2spk", help="list `utterance speaker`, where names do not begin with the speaker")
-    add("--precision", choices=("float32", "bf16"), default="float32")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--threads", type=int, default=0, help="CPU threads of a rank; 0: an equal share of the cores")
-    add("--untrained", action="store_true", help="the same network with its initial weights beside")
-    add("--subtract_mean", action="store_true", help="subtract the cohort's mean")
-    add("--as_norm", type=int, default=0, metavar="K", help="normalise by the K highest cohort scores; 0: no AS-norm")
-    add("--cohort", help="list `speaker path` of cohort utterances (default: the run's training data)")
-    add("--cohort_root", help="folder that the cohort's paths start from")
-    add("--cohort_shards", nargs="+", help="packed data sets of cohort utterances")
-    add("--cohort_utterances", type=int, default=10, help="utterances averaged for a cohort speaker")
-    add("--calibrate", action="store_true", help="log-likelihood ratios, learned on --dev_trials")
-    add("--quality", nargs="+", choices=QUALITIES, default=[], help="quality measures that calibration uses")
-    add("--metadata", help="CSV whose first column names a speaker or an utterance")
-    add("--by", nargs="+", default=[], help="columns of --metadata to break figures down by")
-    add("--bootstrap", type=int, default=report.REPLICATES, help="replicates of the intervals; 0: none")
-    add("--keep_embeddings", action="store_true", help="write embeddings.npy and their names to --out")
-    add("--no_pictures", action="store_true", help="no report.html, no pictures but det.png")
-    add("--tensorboard", help="folder to write the figures and pictures to as well")
-    chosen = parser.parse_args(argv)
-    if bool(chosen.checkpoint) == bool(chosen.embeddings):
-        parser.error("give --checkpoint RUN_OR_FILE, or --embeddings FOLDER to score again; one of the two")
-    if chosen.untrained and chosen.embeddings:
-        parser.error("--untrained embeds with the network's initial weights; it needs --checkpoint")
-    return chosen
-
-
-EVAL_OPTIONS = {
-    "weights": {"choices": ("averaged", "trained"), "help": "of a run that averages (default: averaged)"},
-    "trials": {"nargs": "+", "help": "test lists"},
-    "dev_trials": {"help": "development list: calibration and thresholds are learned on it"},
-    "root": {"nargs": "+", "help": "folders that the paths in the lists start from"},
-    "shards": {"nargs": "+", "help": "packed data sets that hold the utterances"},
-    "crop_seconds": {"type": float, "help": "length of a crop; 0: whole utterances"},
-    "crops": {"type": int, "help": "crops spread evenly over an utterance"},
-    "score": {"choices": ("cosine", "mean_distance")},
-    "batch_seconds": {"type": float, "help": "audio in one forward pass"},
-    "padding": {"choices": ("repeat", "zeros"), "help": "of utterances shorter than a crop"},
-    "metrics": {"choices": ("default", "voxceleb_trainer"), "help": "arithmetic of EER and minDCF"},
-    "scores": {"help": "file for the scores of the first list, besides --out"},
-}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status (2: something the user gave is wrong)."""
-    chosen = arguments(argv)
-    try:
-        with ranks(chosen.device, chosen.threads) as me:
-            if chosen.embeddings:
-                on_first(lambda: _score_again(chosen), share=False)
-            else:
-                _extract_and_score(chosen, me.device)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _score_again(chosen: argparse.Namespace) -> None:
-    """Scores lists from kept embeddings."""
-    embedded, cohort, facts = kept.load(chosen.embeddings)
-    settings = {name: facts["eval"][name] for name in ("score", "crops", "crop_seconds")}
-    loss = dataclasses.replace(LossConfig(), name=facts["loss"])
-    config = with_options(Config(loss=loss, eval=EvalConfig(**settings)), chosen)
-    backend_of(config, subtract_mean=chosen.subtract_mean, as_norm=chosen.as_norm).check()
-    lists, roles = read_lists(config, chosen.enrolment)
-    require(lists, set(utterances(lists)) - set(embedded.rows), chosen.embeddings)
-    if cohort is None and (chosen.as_norm or chosen.subtract_mean):
-        raise ScoringError(
-            f"{chosen.embeddings} holds no cohort.npy; extract once more with --as_norm and --keep_embeddings"
-        )
-    _finish(chosen, config, facts, (lists, roles), embedded, cohort, {})
-
-
-def _extract_and_score(chosen: argparse.Namespace, device: torch.device) -> None:
-    """Embeds what the lists need, on all ranks, and scores on rank 0."""
-    model, config, meta = load_network(chosen.checkpoint, device, weights=chosen.weights)
-    config, bf16, cohort, beside = with_options(config, chosen), chosen.precision == "bf16", None, {}
-    prepared = on_first(lambda: _checked(chosen, config, model.sample_rate), share=False)
-    use_cohort = bool(chosen.as_norm or chosen.subtract_mean)
-    found = on_first(lambda: _cohort_places(chosen, config, meta, model.sample_rate)) if use_cohort else None
-    embedded = embed_lists(model, config, prepared, device, bf16)
-    if use_cohort:
-        data, places, speakers = found
-        options = {"device": device, "batch_seconds": config.eval.batch_seconds, "bf16": bf16, "what": "cohort"}
-        sources = Sources(data.train_shards, data.train_root, model.sample_rate)
-        rows = embed(model, sources, places, crops_of(config, model.sample_rate), **options)
-        cohort = None if rows is None else speaker_means(rows, speakers)
-    if chosen.untrained:
-        rng.initialize(model, config.train.seed)
-        beside["untrained"] = embed_lists(model, config, prepared, device, bf16, "untrained")
-    facts = {name: meta.get(name) for name in ("path", "step", "epoch")} | {"model": dataclasses.asdict(config.model)}
-    facts |= {"loss": config.loss.name, "eval": dataclasses.asdict(config.eval), "precision": chosen.precision}
-    facts["sample_rate"] = model.sample_rate
-    lists = prepared and (prepared.lists, prepared.roles)
-    on_first(lambda: _finish(chosen, config, facts, lists, embedded, cohort, beside), share=False)
-
-
-def _checked(chosen: argparse.Namespace, config: Config, sample_rate: int) -> Prepared:
-    """Everything that can be wrong, before any extraction starts."""
-    backend_of(config, subtract_mean=chosen.subtract_mean, as_norm=chosen.as_norm).check()
-    prepared, asked = check(config, chosen.enrolment, sample_rate), _asked(chosen, config)
-    if prepared is None:
-        raise TrialError("no list to evaluate: the run names none; give --trials LIST --root FOLDER")
-    for trials in prepared.lists:
-        for column in asked.by:
-            breakdown.groups_of(trials, column, asked.metadata, asked.speakers)
-    if chosen.calibrate and not any(
-        r == "dev" and t.labels is not None for t, r in zip(prepared.lists, prepared.roles)
-    ):
-        raise ScoringError("calibration is learned on development trials with labels; give --dev_trials LIST")
-    return prepared
-
-
-def _asked(chosen: argparse.Namespace, config: Config) -> Ask:
-    if chosen.by and not chosen.metadata:
-        raise TrialError("--by names columns of a CSV; give it as --metadata FILE")
-    return Ask(
-        metrics=config.eval.metrics,
-        bootstrap=chosen.bootstrap,
-        calibrate=chosen.calibrate,
-        pictures=not chosen.no_pictures,
-        by=tuple(chosen.by),
-        metadata=breakdown.read_metadata(chosen.metadata) if chosen.metadata else None,
-        speakers=read_speakers(chosen.utt2spk) if chosen.utt2spk else None,
-    )
-
-
-def _cohort_places(chosen: argparse.Namespace, config: Config, meta: dict, sample_rate: int) -> tuple:
-    """(where the cohort lies, its utterances, the speaker of each); checked, so that --as_norm K fits it."""
-    data, speakers = config.data, trained_speakers(config, meta)
-    if chosen.cohort or chosen.cohort_shards:
-        data, speakers = (
-            DataConfig(train_list=chosen.cohort, train_root=chosen.cohort_root, train_shards=chosen.cohort_shards),
-            None,
-        )
-    places, of = cohort_places(data, chosen.cohort_utterances, speakers, sample_rate)
-    if chosen.as_norm:
-        scoring.check_top(chosen.as_norm, len(set(of.tolist())))
-    return data, places, of
-
-
-def _finish(chosen, config: Config, facts: dict, lists, embedded: Embedded, cohort, beside: dict) -> None:
-    """Scores, reports and prints, on rank 0."""
-    out_dir = Path(chosen.out)
-    backend = backend_of(
-        config,
-        subtract_mean=chosen.subtract_mean,
-        as_norm=chosen.as_norm,
-        qualities=tuple(chosen.quality),
-        cohort=cohort,
-    )
-    if chosen.keep_embeddings:
-        kept.keep(out_dir, embedded, facts, cohort)
-    result = assess(*lists, embedded, backend, out_dir, facts, _asked(chosen, config), beside)
-    keep_scores(config, out_dir)
-    if chosen.tensorboard:
-        report.to_tensorboard(chosen.tensorboard, flat(result), out_dir, facts.get("step") or 0)
-    print(report.text(report.rows(result)))
-    print(f"\nin {out_dir}: " + ", ".join(sorted(p.name for p in out_dir.iterdir() if not p.name.startswith("."))))
-
-
-def with_options(config: Config, chosen: argparse.Namespace) -> Config:
-    """The run's config with the evaluation options of the command line."""
-    given = {name: getattr(chosen, name) for name in EVAL_OPTIONS if getattr(chosen, name) is not None}
-    if "root" in given or "shards" in given:  # other places for the audio replace the run's
-        given = {"root": None, "shards": None} | given
-        if "trials" in given or "dev_trials" in given:  # and the run's other lists would be looked for there
-            given = {"trials": None, "dev_trials": None} | given
-    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, **given))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def untrained(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """The same network with its initial weights."""
+    other = copy.deepcopy(model)
+    rng.initialize(other, seed)
+    return other

@@ -1,10 +1,6 @@
-"""Where the errors are: figures by duration and by metadata, and thresholds chosen on one list as they do on another.
+"""Where the errors are: figures by duration and by metadata.
 
-A threshold for a false-alarm rate f is the lowest score that at most a fraction f of the non-targets of the list it is chosen
-on reach. A rate f is only claimed on at least 30/f non-targets: then about 30 errors are expected, and the rate's own
-standard error stays below a fifth of it.
-
-    by_group(scores, trials.labels, groups_left, groups_right, threshold); threshold_card(test, dev)
+by_group(scores, trials.labels, groups_left, groups_right, threshold)
 """
 
 from __future__ import annotations
@@ -17,8 +13,6 @@ import numpy as np
 from spknet.evaluate import metrics
 from spknet.evaluate.trials import TrialError, Trials, speaker_of
 
-RATES = (0.01, 0.001, 0.0001)  # false-alarm rates of the threshold card
-ERRORS_BEHIND = 30  # expected false alarms without which a rate is not claimed
 MOST_GROUPS = 40  # distinct values of a metadata column
 
 
@@ -92,32 +86,13 @@ def groups_of(trials: Trials, column: str, metadata: tuple, known: dict[str, str
     return np.array(left)[trials.left], np.array(right)[trials.right]
 
 
-def threshold_card(test: tuple, dev: tuple | None) -> list[dict]:
-    """One row for each false-alarm rate: the threshold, chosen on dev (scores, labels), and the rates it gives on test.
+def rows(groups: list[dict]) -> list[list[str]]:
+    """A breakdown as a table, head first; the rates are those at the list's own EER threshold, hence `oracle`."""
 
-    Without dev the threshold comes from the test list itself and the row says `oracle`. `claimed` and its reason say whether
-    both lists have the non-targets for it; the threshold is None where the choosing list has too few.
-    """
-    chooser = test if dev is None else dev
-    scores, labels = (np.asarray(values) for values in test)
-    chosen_on = np.sort(np.asarray(chooser[0])[np.asarray(chooser[1]) == 0])[::-1]
-    targets, nontargets = scores[labels == 1], scores[labels == 0]
-    card = []
-    for rate in RATES:
-        needed = round(ERRORS_BEHIND / rate)
-        row = {"rate": rate, "chosen_on": "oracle" if dev is None else "dev", "nontargets_needed": needed}
-        row |= {"nontargets_chosen_on": len(chosen_on), "nontargets": len(nontargets)}
-        row |= {"threshold": None, "far": None, "frr": None}
-        row["claimed"] = min(len(chosen_on), len(nontargets)) >= needed
-        if len(chosen_on) >= needed:
-            threshold = _threshold(chosen_on, rate)
-            row["threshold"] = threshold
-            row["far"], row["frr"] = float((nontargets >= threshold).mean()), float((targets < threshold).mean())
-        card.append(row)
-    return card
+    def shown(value: float | None, factor: int = 1) -> str:
+        return "" if value is None else f"{factor * value:.2f}"
 
-
-def _threshold(descending: np.ndarray, rate: float) -> float:
-    """The smallest threshold that at most a fraction `rate` of the scores reach: just above the first one too many."""
-    allowed = int(np.floor(rate * len(descending) + 1e-9))
-    return float(np.nextafter(descending[allowed], np.inf))
+    head = ["group", "trials", "targets", "EER %", "FAR %, oracle", "FRR %, oracle"]
+    counts = ([g["group"], f"{g['trials']:,}", f"{g['targets']:,}"] for g in groups)
+    rates = ([shown(g["eer"]), shown(g["far"], 100), shown(g["frr"], 100)] for g in groups)
+    return [head, *(count + rate for count, rate in zip(counts, rates))]

@@ -16,15 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.format import ShardError, atomic_write
+from shards.format import atomic_write
+from shards.reader import open_shards
 from spknet import rng
-from spknet.checkpoints.file import CheckpointError
 from spknet.checkpoints.network import load_network
+from spknet.errors import run
 from spknet.evaluate import embeddings as kept
 from spknet.evaluate import scoring
+from spknet.evaluate.commands import Parser, at_least, check_file
 from spknet.evaluate.groups import read_metadata
-from spknet.evaluate.systems import trained_speakers
-from spknet.evaluate.trials import TrialError, open_text
+from spknet.evaluate.lists import trained_speakers
+from spknet.evaluate.trials import TrialError, open_text, read_utterances, separator
 
 HARDEST = 10  # nearest speakers that hard impostors are drawn from
 TRIES = 50  # draws for one non-target before a speaker is given up: all its pairs are taken
@@ -84,44 +86,43 @@ def nearest(of: dict[str, list[str]], embedded) -> dict[str, list[str]]:
 
 
 def make(
-    of: dict[str, list[str]], others: dict[str, list[str]], targets: int, nontargets: int, seed: int, same_session=False
-):
-    """Lines `label a b` in a shuffled order, and what to tell the user. of: utterances of each speaker; others: its impostors."""
+    of: dict[str, list[str]], others: dict[str, list[str]], how: argparse.Namespace
+) -> tuple[list[str], list[str]]:
+    """Lines `label a b` in a shuffled order, and what to tell the user. of: utterances of each speaker; others: its impostors;
+    how: targets, nontargets, seed, same_session."""
     trials, lonely, taken = [], 0, set()
+    flat = all(
+        session_of(u) == speaker for speaker, own in of.items() for u in own
+    )  # SPEAKER/FILE: no session is named
     for number, speaker in enumerate(sorted(of)):
-        draw = rng.stream(seed, 0, "trials", number)
-        own = target_pairs(sorted(of[speaker]), targets, draw, same_session)
+        draw = rng.stream(how.seed, 0, "trials", number)
+        own = target_pairs(sorted(of[speaker]), how.targets, draw, how.same_session or flat)
         lonely += not own
-        trials += [f"1 {a} {b}" for a, b in own]
-        trials += [f"0 {a} {b}" for a, b in nontarget_pairs(speaker, others[speaker], of, nontargets, draw, taken)]
-    count = sum(line.startswith("1") for line in trials)
+        trials += [("1", *pair) for pair in own]
+        trials += [("0", *pair) for pair in nontarget_pairs(speaker, others[speaker], of, how.nontargets, draw, taken)]
+    count = sum(trial[0] == "1" for trial in trials)
     if count in (0, len(trials)):
         raise TrialError(
             f"{count} targets and {len(trials) - count} non-targets from {len(of)} speakers: both are needed;"
             " more speakers, utterances from several sessions, or --same_session"
         )
-    order = rng.stream(seed, 0, "trial order").permutation(len(trials))
+    order = rng.stream(how.seed, 0, "trial order").permutation(len(trials))
     said = [f"{count} targets, {len(trials) - count} non-targets, {len(of)} speakers"]
     if lonely:
         said.append(f"{lonely} speakers have no pair from two sessions and only serve as impostors")
-    return [trials[i] for i in order], said
+    if flat and not how.same_session:
+        said.append("names tell no sessions (SPEAKER/FILE), so targets may be from one recording")
+    apart = separator(u for own in of.values() for u in own)
+    return [apart.join(trials[i]) for i in order], said
 
 
 def _utterances(chosen: argparse.Namespace) -> dict[str, list[str]]:
-    of: dict[str, list[str]] = {}
-    if chosen.shards:
-        from shards.reader import open_shards
-
-        data = open_shards(chosen.shards)
-        for s, speaker in enumerate(data.speakers):
-            first, last = int(data.speaker_rows[s]), int(data.speaker_rows[s + 1])
-            of[str(speaker)] = [data.key(row) for row in range(first, last)]
-        return of
-    for number, line in open_text(chosen.list):
-        words = line.split()
-        if len(words) != 2:
-            raise TrialError(f"{chosen.list}, line {number}: {len(words)} columns; expected `speaker path`")
-        of.setdefault(words[0], []).append(words[1])
+    if not chosen.shards:
+        return read_utterances(chosen.list)
+    of, data = {}, open_shards(chosen.shards)
+    for s, speaker in enumerate(data.speakers):
+        first, last = int(data.speaker_rows[s]), int(data.speaker_rows[s + 1])
+        of[str(speaker)] = [data.key(row) for row in range(first, last)]
     return of
 
 
@@ -136,7 +137,13 @@ def _allowed(chosen: argparse.Namespace, speakers: list[str]) -> list[str]:
             raise TrialError(
                 f"{chosen.run} does not say which speakers it was trained on; give --exclude TRAINING_LIST"
             )
-        return without(speakers, trained)
+        left = without(speakers, trained)
+        if len(left) < 2:
+            raise TrialError(
+                f"{chosen.run} was trained on all but {len(left)} of these {len(speakers)} speakers, and trials need two; train with"
+                " --data.dev_speakers N, which keeps N out, or give other data"
+            )
+        return left
     if chosen.speakers or chosen.exclude:
         named = {line.split()[0] for _, line in open_text(chosen.speakers or chosen.exclude) if line.strip()}
         return [s for s in speakers if (s in named) == bool(chosen.speakers)]
@@ -175,37 +182,36 @@ def _impostors(chosen: argparse.Namespace, of: dict[str, list[str]]) -> dict[str
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status (2: something the user gave is wrong)."""
-    parser = argparse.ArgumentParser(prog="spknet trials", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    where = parser.add_mutually_exclusive_group(required=True)
+    """The command line; returns the exit status."""
+    parser = Parser("spknet trials", __doc__)
+    add, where = parser.add, parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--list", help="lines `speaker path`")
     where.add_argument("--shards", nargs="+", help="packed data sets")
     add("--out", required=True, help="list to write, `1|0 utterance utterance` a line")
-    add("--run", help="a run: its training speakers are not used, those it kept out are")
+    add("--run", help="a run: its training speakers are not used, those it kept out (data.dev_speakers) are")
     add("--speakers", help="file of the speakers to use, one a line")
     add("--exclude", help="file or training list whose first column names speakers not to use")
-    add("--all_speakers", action="store_true", help="use all: no network was or will be trained on them")
-    add("--targets", type=int, default=50, help="most target trials of a speaker")
-    add("--nontargets", type=int, default=50, help="most non-target trials that a speaker begins")
-    add("--same_session", action="store_true", help="allow targets from one session (they test the recording as well)")
-    add("--impostors", choices=("random", "same-gender", "hard"), default="random")
+    add("--all_speakers", action="store_true", default=False, help="no network was or will be trained on them")
+    add("--targets", type=at_least(1), default=50, help="most target trials of a speaker")
+    add("--nontargets", type=at_least(1), default=50, help="most non-target trials that a speaker begins")
+    add(
+        "--same_session", action="store_true", default=False, help="targets from one session, too (tests the recording)"
+    )
+    add("--impostors", choices=("random", "same-gender", "hard"), default="random", help="who non-targets are")
     add("--metadata", help="CSV with a gender column")
-    add("--gender_column", default="gender")
+    add("--gender_column", default="gender", help="its name")
     add("--embeddings", help="folder of embeddings, for hard impostors")
-    add("--seed", type=int, default=0)
+    add("--seed", type=at_least(0), default=0, help="of the drawing")
     chosen = parser.parse_args(argv)
-    try:
-        of = _utterances(chosen)
-        of = {speaker: of[speaker] for speaker in _allowed(chosen, sorted(of))}
-        lines, said = make(
-            of, _impostors(chosen, of), chosen.targets, chosen.nontargets, chosen.seed, chosen.same_session
-        )
-    except (TrialError, ShardError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    Path(chosen.out).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(chosen.out) as file:
+    of = _utterances(chosen)
+    of = {speaker: of[speaker] for speaker in _allowed(chosen, sorted(of))}
+    check_file(chosen.out)
+    lines, said = make(of, _impostors(chosen, of), chosen)
+    with atomic_write(Path(chosen.out)) as file:
         file.write("".join(line + "\n" for line in lines).encode())
     print(f"{chosen.out}: " + "; ".join(said))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -8,6 +8,7 @@ matplotlib's Agg canvas is used directly, so that neither a display nor pyplot's
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -46,25 +47,33 @@ def _figure(width: float = 6.4, height: float = 5.6) -> tuple[Figure, object]:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks shows boxes
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _plain(name: str, most: int = 48) -> str:
+    """A name as text: matplotlib would read `$` as mathematics and leave a leading `_` out of the legend."""
+    name = name if len(name) <= most else f"{name[: most // 2]}...{name[-most // 2 :]}"
+    return (" " if name.startswith("_") else "") + name.replace("\\", "/").replace("$", r"\$")
 
 
 def det(systems: dict[str, tuple[np.ndarray, np.ndarray]], title: str = "") -> bytes:
     """DET curves in probit axes, one a system: EER as a circle, minDCF(0.01) as a square, minDCF(0.05) as a triangle.
 
-    systems: {name: (scores, labels)}.
+    systems: {name: (scores, labels)}. Systems that put all trials in the same order (cosine, and calibrated without qualities)
+    have one curve, which bears their names.
     """
     figure, axes = _figure()
     lowest, highest = 0.5, 0.6
-    for number, (name, (scores, labels)) in enumerate(systems.items()):
-        r = metrics.rates(scores, labels)
+    for number, (name, r) in enumerate(_distinct(systems)):
         lowest = min(lowest, 0.5 / max(r.targets, r.nontargets))
         colour = COLOURS[number % len(COLOURS)]
         shown = _corners(r)
         style = "-" if number < len(COLOURS) else "--"
         x, y = _probit(r.fpr[shown], r.nontargets), _probit(r.fnr[shown], r.targets)
-        axes.plot(x, y, style, color=colour, linewidth=1.5, label=f"{name}: EER {metrics.eer(r):.2f} %")
+        axes.plot(x, y, style, color=colour, linewidth=1.5, label=f"{_plain(name)}: EER {metrics.eer(r):.2f} %")
         at = metrics.eer(r) / 100
         axes.plot(_probit(at, r.nontargets), _probit(at, r.targets), "o", color=colour, markersize=6)
         for prior, marker in zip(metrics.PRIORS.values(), "s^"):
@@ -83,9 +92,23 @@ def det(systems: dict[str, tuple[np.ndarray, np.ndarray]], title: str = "") -> b
         axes.plot([], [], marker, color="grey", markerfacecolor="grey" if marker == "o" else "white", label=meaning)
     axes.set_xlabel("false alarms, % of non-targets")
     axes.set_ylabel("misses, % of targets")
-    axes.set_title(title)
+    axes.set_title(_plain(title))
     axes.legend(fontsize=8, loc="lower left")
     return _png(figure)
+
+
+def _distinct(systems: dict) -> list[tuple[str, metrics.Rates]]:
+    """[(name, rates)] of the curves; names of equal curves together."""
+    curves: list[tuple[str, metrics.Rates]] = []
+    for name, (scores, labels) in systems.items():
+        r = metrics.rates(scores, labels)
+        for i, (other, known) in enumerate(curves):
+            if np.array_equal(known.misses, r.misses) and np.array_equal(known.false_alarms, r.false_alarms):
+                curves[i] = f"{other} = {name}", known
+                break
+        else:
+            curves.append((name, r))
+    return curves
 
 
 def _probit(rate, trials: int):
@@ -104,21 +127,24 @@ def _corners(r: metrics.Rates) -> np.ndarray:
     return corners[np.unique(np.searchsorted(place, np.linspace(place[0], place[-1], POINTS)))]
 
 
-def histogram(scores: np.ndarray, labels: np.ndarray, title: str = "") -> bytes:
-    """Densities of target and non-target scores, with the EER threshold of these very scores."""
+def histogram(scores: np.ndarray, labels: np.ndarray | None, title: str = "") -> bytes:
+    """Densities of target and non-target scores, with the EER threshold of these very scores; of all where labels are None."""
     figure, axes = _figure(6.4, 4.0)
-    labels = np.asarray(labels).astype(bool)
     low, high = np.quantile(scores, [0.0005, 0.9995])
     bins = np.linspace(low, max(high, low + 1e-6), 80)
-    for chosen, name, colour in ((~labels, "non-targets", COLOURS[0]), (labels, "targets", COLOURS[1])):
-        clipped = np.clip(scores[chosen], bins[0], bins[-1])
-        axes.hist(clipped, bins, density=True, alpha=0.55, color=colour, label=f"{name} ({chosen.sum():,})")
-    axes.axvline(
-        metrics.eer_threshold(metrics.rates(scores, labels)), color="black", linewidth=1, label="EER threshold (oracle)"
-    )
+    parts = [(scores, "all trials", COLOURS[0])]
+    if labels is not None:
+        labels = np.asarray(labels).astype(bool)
+        parts = [(scores[~labels], "non-targets", COLOURS[0]), (scores[labels], "targets", COLOURS[1])]
+    for own, name, colour in parts:
+        clipped = np.clip(own, bins[0], bins[-1])
+        axes.hist(clipped, bins, density=True, alpha=0.55, color=colour, label=f"{name} ({len(own):,})")
+    if labels is not None:
+        threshold = metrics.eer_threshold(metrics.rates(scores, labels))
+        axes.axvline(threshold, color="black", linewidth=1, label="EER threshold (oracle)")
     axes.set_xlabel("score")
     axes.set_ylabel("density")
-    axes.set_title(title)
+    axes.set_title(_plain(title))
     axes.legend(fontsize=8)
     return _png(figure)
 
@@ -145,7 +171,7 @@ def reliability(llr: np.ndarray, labels: np.ndarray, title: str = "", bins: int 
     axes.plot(ends, ends, ":", color="grey", label="calibrated")
     axes.set_xlabel("log-likelihood ratio given")
     axes.set_ylabel("log-likelihood ratio borne out")
-    axes.set_title(title)
+    axes.set_title(_plain(title))
     axes.legend(fontsize=8)
     return _png(figure)
 
@@ -176,7 +202,9 @@ def speaker_map(rows: np.ndarray, speakers: list[str], most: int = 12, each: int
     for number, name in enumerate(shown):
         x, y = plane[of == name].T
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot(x, y, markers[number % len(markers)], color=colour, markersize=5, alpha=0.8, label=str(name))
+        axes.plot(
+            x, y, markers[number % len(markers)], color=colour, markersize=5, alpha=0.8, label=_plain(str(name), 24)
+        )
     axes.set_title(f"{len(chosen)} utterances of {len(shown)} speakers, {method} of their embeddings")
     axes.tick_params(labelbottom=False, labelleft=False)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

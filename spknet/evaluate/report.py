@@ -1,80 +1,164 @@
 """What an evaluation says: figures with intervals, breakdowns and thresholds, as report.json, as text, as one HTML page.
 
-    report.json = {"version", "step", "lists": [{"name", "path", "role", "trials", "speakers", "scores": {system: file},
-        "systems": {system: {"eer", "min_dcf_p01", ..., "interval": {"eer": [low, high], ...}}}, ...}], ...}
+    OUT/report.json      {"version", "step", "lists": [{"name", "path", "role", "trials", "speakers", "remarks",
+                          "scores": {system: file}, "systems": {system: {"eer", "min_dcf_p01", ..., "interval"}}, ...}], ...}
+        report.html      the same for people, pictures inside (report.html.jinja)
+        scores.txt       `score left right target|nontarget` a trial of the first list, in its order
+        scores-NAME.txt  the same for each further list; scores-SYSTEM.txt, scores-NAME-SYSTEM.txt for the other systems
+        det.png          miss against false-alarm rate of every list
 
-EER is in percent, everything else as in spknet.evaluate.metrics; a system is one way of scoring (cosine, AS-norm, calibrated, ...).
+EER is in percent, everything else as in spknet.evaluate.metrics; a system is one way of scoring (cosine, AS-norm, calibrated,
+...). `Report.content` is the one source: JSON is it, text, HTML and TensorBoard are made of it.
 
-    found = figures(scores, trials); write_json("report.json", {"version": VERSION, "lists": [...]})
+    report.write("out"); print(text(report.content()))
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import numpy as np
 
 from shards.format import atomic_write
-from spknet.evaluate import bootstrap, metrics
-from spknet.evaluate.trials import Trials, speaker_of
+from spknet.evaluate import groups, metrics, plots, thresholds
+from spknet.evaluate.trials import Trials, separator
 
 VERSION = 1
-REPLICATES = 1000
+UNLOGGED = ("eer_threshold", "replicates")  # figures that are no curve over the steps
 
 
-def speaker_numbers(trials: Trials, known: dict[str, str] | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Speakers of the trials' sides: (n,) and (n,) numbers, and the names they count. known: utterance -> speaker."""
-    of_models = [speaker_of(trials.utterances_of(model)[0], known) for model in trials.models]
-    of_tests = [speaker_of(test, known) for test in trials.tests]
-    names = sorted(set(of_models) | set(of_tests))
-    place = {name: i for i, name in enumerate(names)}
-    left = np.array([place[name] for name in of_models])[trials.left]
-    right = np.array([place[name] for name in of_tests])[trials.right]
-    return left, right, names
+@dataclass
+class ListReport:
+    """One list: its scores by every system, the last system being the one that counts, and what they come to."""
+
+    trials: Trials
+    role: str  # test or dev
+    scores: dict[str, np.ndarray]  # (n,) of each system, in the list's order
+    systems: dict[str, dict] = field(default_factory=dict)  # figures of each system; {} for a list without labels
+    speakers: int | None = None
+    thresholds: list[dict] | None = None  # spknet.evaluate.thresholds.threshold_card's
+    groups: dict[str, list[dict]] = field(default_factory=dict)  # spknet.evaluate.groups.by_group's, by what they go by
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> tuple[str, np.ndarray]:
+        return list(self.scores.items())[-1]
+
+    def content(self, files: dict[str, str]) -> dict:
+        """This list's part of report.json. files: where each system's scores are."""
+        entry = {"name": self.trials.name, "path": self.trials.path, "role": self.role, "trials": len(self.trials)}
+        entry |= {"scores": files, "remarks": self.remarks, "summary": summary(self.last[1])}
+        optional = {"speakers": self.speakers, "systems": self.systems, "thresholds": self.thresholds}
+        return entry | {name: value for name, value in (optional | {"groups": self.groups}).items() if value}
 
 
-def speakers(trials: Trials, known: dict[str, str] | None = None) -> int:
-    """Distinct speakers of a list."""
-    return len(speaker_numbers(trials, known)[2])
+@dataclass
+class Report:
+    """An evaluation's result. facts: what stands at the head of report.json. points: unit vectors (n, D) of the first list's
+    utterances with the speaker of each, for the map."""
+
+    lists: list[ListReport]
+    facts: dict = field(default_factory=dict)
+    made: dict = field(
+        default_factory=dict
+    )  # date, command, revision: in report.html, so that report.json depends on inputs alone
+    points: tuple[np.ndarray, list[str]] | None = None
+
+    def content(self) -> dict:
+        """report.json as a dict."""
+        lists = [one.content(self._files(number)) for number, one in enumerate(self.lists)]
+        return {"version": VERSION} | self.facts | {"lists": lists}
+
+    def numbers(self) -> dict:
+        """The plain figures: {"eer", "min_dcf_p01", "dev_eer", ..., "lists": {name: the same}}."""
+        return numbers(self.content())
+
+    def _files(self, number: int) -> dict[str, str]:
+        """{system: file name}; the last system's is scores.txt, or scores-LIST.txt."""
+        one = self.lists[number]
+        name, last = [one.trials.name] if number else [], one.last[0]
+        return {s: "-".join(["scores", *name, *([] if s == last else [s])]) + ".txt" for s in one.scores}
+
+    def write(self, folder: str | Path, pictures: bool = True) -> None:
+        """Writes scores, report.json and det.png; pictures: all others and report.html, too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, one in enumerate(self.lists):
+            for system, name in self._files(number).items():
+                write_scores(folder / name, one.trials, one.scores[system])
+        content = self.content()
+        write_json(folder / "report.json", content)
+        drawn = self._draw(pictures)
+        for name, png in drawn.items():
+            plots.save(folder / f"{name}.png", png)
+        if pictures:
+            write_html(folder / "report.html", content, drawn, self.made)
+
+    def _draw(self, everything: bool) -> dict[str, bytes]:
+        """{name: PNG}: the DET curves of all lists, and of every list those of its systems, histogram and reliability; a map."""
+        labelled = [one for one in self.lists if one.systems]
+        drawn = {}
+        if labelled:
+            curves = {one.trials.name: (one.last[1], one.trials.labels) for one in labelled}
+            drawn["det"] = plots.det(curves, f"every list, scored by {labelled[0].last[0]}")
+        for one in self.lists if everything else ():
+            name, (system, scores), labels = one.trials.name, one.last, one.trials.labels
+            if len(one.scores) > 1 and one.systems:
+                drawn[f"det-{name}"] = plots.det(
+                    {s: (v, labels) for s, v in one.scores.items()}, f"{name}, every system"
+                )
+            drawn[f"histogram-{name}"] = plots.histogram(scores, labels, f"{name}, {system}")
+            if system == "calibrated" and one.systems:
+                drawn[f"reliability-{name}"] = plots.reliability(scores, labels, f"{name}, calibrated")
+        if everything and self.points is not None:
+            drawn["map"] = plots.speaker_map(*self.points)
+        return drawn
 
 
-def figures(
-    scores: np.ndarray,
-    trials: Trials,
-    *,
-    definition: str = "default",
-    replicates: int = REPLICATES,
-    known: dict[str, str] | None = None,
-    llr: bool = False,
-) -> dict:
-    """Figures of one system on one labelled list, with 95 % intervals over speakers.
-
-    definition: of EER and minDCF, default or voxceleb_trainer. llr: scores are log-likelihood ratios. `interval` is None, with
-    the reason in `no_interval`, where names do not tell speakers.
-    """
-    found = metrics.figures(scores, trials.labels, definition)
-    if llr:
-        found |= metrics.llr_figures(scores, trials.labels)
-    left, right, names = speaker_numbers(trials, known)
-    contradicting = int(((left == right) != (trials.labels == 1)).sum())
-    if contradicting or replicates == 0 or len(names) < 2:
-        said = (
-            f"{contradicting} labels contradict the speakers in the names; give --utt2spk"
-            if contradicting
-            else "not asked for"
-        )
-        return found | {"interval": None, "no_interval": said}
-    drawn = bootstrap.replicate(scores, trials.labels, left, right, replicates)
-    return found | {"interval": bootstrap.intervals(drawn), "replicates": replicates}
+def made(argv: list[str] | None = None) -> dict[str, str]:
+    """When, by which command (None: this process's) and with which revision of the code a report is made."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:  # a revision of this very code, not of a repository that an installed package happens to lie in
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True)
+        shown = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        revision = shown.stdout.strip() if tracked.returncode == 0 else ""
+    except OSError:
+        revision = ""
+    command = shlex.join(sys.argv if argv is None else ["spknet", "evaluate", *argv])
+    return {"date": time.strftime("%Y-%m-%d %H:%M %Z"), "command": command, "revision": revision or "unknown"}
 
 
-def write_json(path: str | Path, report: dict) -> None:
+def summary(scores: np.ndarray) -> dict[str, float]:
+    """Lowest, quartiles and highest of some scores."""
+    names = ("lowest", "quarter", "median", "three_quarters", "highest")
+    return dict(zip(names, map(float, np.quantile(scores, [0, 0.25, 0.5, 0.75, 1]))))
+
+
+def write_scores(path: Path, trials: Trials, scores: np.ndarray) -> None:
+    """`score left right` a trial, with target or nontarget behind it where the list says so; 9 digits hold a float32."""
+    labels = [None] * len(trials) if trials.labels is None else [("nontarget", "target")[v] for v in trials.labels]
+    apart = separator([*trials.models, *trials.tests])
+    lines = [
+        apart.join(filter(None, (f"{score:.9g}", trials.models[a], trials.tests[b], label))) + "\n"
+        for score, a, b, label in zip(scores.tolist(), trials.left, trials.right, labels)
+    ]
+    with atomic_write(path) as file:
+        file.write("".join(lines).encode())
+
+
+def write_json(path: str | Path, content: dict) -> None:
     """The report as JSON; infinite thresholds as the strings `inf` and `-inf`, so that any reader takes it."""
     with atomic_write(path) as file:
-        file.write(json.dumps(_plain(report), indent=1, allow_nan=False).encode() + b"\n")
+        file.write(json.dumps(_plain(content), indent=1, allow_nan=False).encode() + b"\n")
 
 
 def _plain(value):
@@ -87,161 +171,145 @@ def _plain(value):
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def rows(report: dict) -> list[list[str]]:
+def numbers(content: dict) -> dict:
+    """What the trainer logs: the headline's numbers, the development list's with `dev_` before them, all under `lists`."""
+    lists = {entry["name"]: _numbers(entry) for entry in content["lists"]}
+    headline = dict(next((found for found in lists.values() if found), {}))
+    for entry in content["lists"]:
+        if entry["role"] == "dev":
+            headline |= {f"dev_{name}": value for name, value in lists[entry["name"]].items()}
+    return headline | {"lists": lists}
+
+
+def _numbers(entry: dict) -> dict:
+    """The plain figures of a list's last system, intervals as eer_low and eer_high; {} for an unlabelled list."""
+    if "systems" not in entry:
+        return {}
+    figures = list(entry["systems"].values())[-1]
+    kept = {name: value for name, value in figures.items() if isinstance(value, (int, float)) and name not in UNLOGGED}
+    for name, (low, high) in (figures["interval"] or {}).items():
+        kept |= {f"{name}_low": low, f"{name}_high": high}
+    return kept
+
+
+HEAD = ["list", "system", "EER %", "95 %", "minDCF 0.01", "misses + fa", "minDCF 0.05", "misses + fa"]
+HEAD += ["minCllr", "Cllr", "actDCF 0.01", "targets", "non-targets", "speakers", "scores"]
+
+
+def rows(content: dict) -> list[list[str]]:
     """The table of figures, head first: one row for each list and system."""
-    table = [
-        [
-            "list",
-            "system",
-            "EER %",
-            "95 %",
-            "minDCF 0.01",
-            "errors",
-            "minDCF 0.05",
-            "errors",
-            "minCllr",
-            "Cllr",
-            "actDCF 0.01",
-            "targets",
-            "non-targets",
-            "speakers",
-        ]
-    ]
-    for entry in report["lists"]:
+    table = [HEAD]
+    for entry in content["lists"]:
+        name = f"{entry['name']} ({entry['role']})"
         for system, found in entry.get("systems", {}).items():
             low_high = "" if found["interval"] is None else "{:.2f} to {:.2f}".format(*found["interval"]["eer"])
-            name = f"{entry['name']} ({entry['role']})"
             row = [name, system, f"{found['eer']:.2f}", low_high]
             for prior in metrics.PRIORS:
                 row += [f"{found['min_dcf_' + prior]:.4f}", _errors(found[f"min_dcf_{prior}_at"])]
-            calibrated = [f"{found[name]:.4f}" if name in found else "" for name in ("cllr", "act_dcf_p01")]
-            row += [f"{found['min_cllr']:.4f}", *calibrated]
-            table.append(row + [f"{found['targets']:,}", f"{found['nontargets']:,}", f"{entry['speakers']:,}"])
+            row += [f"{found[name]:.4f}" if name in found else "" for name in ("min_cllr", "cllr", "act_dcf_p01")]
+            counts = (found["targets"], found["nontargets"], entry["speakers"])
+            table.append(row + [f"{count:,}" for count in counts] + [""])
         if "systems" not in entry:
-            table.append(
-                [entry["name"], "unlabelled: scores only"] + [""] * (len(table[0]) - 3) + [f"{entry['trials']:,}"]
-            )
+            row = [name, "no labels"] + [""] * (len(HEAD) - 4)
+            table.append([*row, f"{entry['trials']:,}", _spread(entry)])
     return table
 
 
 def _errors(at: dict) -> str:
-    said = f"{at['misses']} miss, {at['false_alarms']} fa"
-    return said + ", unreliable" if at["unreliable"] else said
+    """Misses and false alarms behind a minimum; a star where they are too few."""
+    return f"{at['misses']:,} + {at['false_alarms']:,}{' *' if at['unreliable'] else ''}"
 
 
-def threshold_rows(card: list[dict]) -> list[list[str]]:
-    """The threshold card as a table, head first."""
-    table = [["false-alarm rate", "chosen on", "threshold", "FAR here %", "FRR here %", "claimed"]]
-    for row in card:
-        rate = f"{100 * row['rate']:g} %"
-        if row["threshold"] is None:
-            said = f"no: {row['nontargets_chosen_on']:,} non-targets to choose on, {row['nontargets_needed']:,} needed"
-            table.append([rate, row["chosen_on"], "", "", "", said])
-            continue
-        said = (
-            "yes"
-            if row["claimed"]
-            else f"no: {row['nontargets']:,} non-targets here, {row['nontargets_needed']:,} needed"
-        )
-        shown = [f"{row['threshold']:.4f}", f"{100 * row['far']:.3f}", f"{100 * row['frr']:.2f}"]
-        table.append([rate, row["chosen_on"], *shown, said])
-    return table
+def _spread(entry: dict) -> str:
+    said = "{lowest:.3f} to {highest:.3f}, half of them from {quarter:.3f} to {three_quarters:.3f}"
+    return said.format(**entry["summary"]) if "summary" in entry else ""
 
 
-def group_rows(groups: list[dict]) -> list[list[str]]:
-    """A breakdown as a table, head first; the rates are those at the list's own EER threshold, hence `oracle`."""
-
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.2f}"
-
-    head = ["group", "trials", "targets", "EER %", "FAR %, oracle", "FRR %, oracle"]
-    return [head] + [
-        [
-            g["group"],
-            f"{g['trials']:,}",
-            f"{g['targets']:,}",
-            "" if g["eer"] is None else f"{g['eer']:.2f}",
-            percent(g["far"]),
-            percent(g["frr"]),
-        ]
-        for g in groups
-    ]
+def verdict(content: dict) -> str:
+    """The headline in one line."""
+    entry = next((e for e in content["lists"] if "systems" in e), content["lists"][0])
+    if "systems" not in entry:
+        return f"{entry['name']}: {entry['trials']:,} trials without labels, scores from {_spread(entry)}"
+    system, found = list(entry["systems"].items())[-1]
+    between = "" if found["interval"] is None else " (95 %: {:.2f} to {:.2f})".format(*found["interval"]["eer"])
+    doubt = ", which rests on fewer than 10 false alarms" if found["min_dcf_p01_at"]["unreliable"] else ""
+    return (
+        f"EER {found['eer']:.2f} %{between} on {entry['name']}: {entry['trials']:,} trials of {entry['speakers']:,} speakers,"
+        f" scored by {system}; minDCF(0.01) {found['min_dcf_p01']:.3f}{doubt}"
+    )
 
 
-def text(table: list[list[str]]) -> str:
+def remarks(content: dict) -> list[str]:
+    """What a reader of the figures should know, the list's name before it."""
+    return [f"{e['name']}: {said}" for e in content["lists"] for said in e.get("remarks", [])]
+
+
+def text(content: dict) -> str:
+    """The report for the terminal: the verdict, the table, the remarks."""
+    notes = [f"note: {said}" for said in [*filter(None, [content.get("audio")]), *remarks(content)]]
+    notes += (
+        ["* fewer than 10 false alarms: unreliable"]
+        if any("*" in cell for row in rows(content) for cell in row)
+        else []
+    )
+    return "\n".join([verdict(content), "", text_table(rows(content)), *notes])
+
+
+def text_table(table: list[list[str]]) -> str:
     """A table as aligned columns for the terminal, empty columns left out."""
-    table = _filled(table)
+    table = filled(table)
     widths = [max(map(len, column)) for column in zip(*table)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table)
 
 
-def _filled(table: list[list[str]]) -> list[tuple[str, ...]]:
+def filled(table: list[list[str]]) -> list[tuple[str, ...]]:
+    """A table without its empty columns."""
     return list(zip(*(column for column in zip(*table) if any(column[1:]))))
 
 
-def to_tensorboard(folder: str | Path, numbers: dict, pictures: Path, step: int) -> None:
+def to_tensorboard(folder: str | Path, content: dict, pictures: Path, step: int) -> None:
     """The headline's numbers and every PNG of a folder as TensorBoard scalars and images."""
     import matplotlib.image
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(folder) as board:
-        for name, value in numbers.items():
+        for name, value in numbers(content).items():
             if isinstance(value, (int, float)):
                 board.add_scalar(f"eval/{name}", value, step)
         for path in sorted(pictures.glob("*.png")):
             board.add_image(f"eval/{path.stem}", matplotlib.image.imread(path)[..., :3], step, dataformats="HWC")
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-table{border-collapse:collapse;margin:.6rem 0 1.4rem;display:block;overflow-x:auto;font-size:13px}th,td{padding:.25rem .5rem;
-text-align:right;vertical-align:top;border-bottom:1px solid #ddd}th{border-bottom:2px solid #888}td:first-child,th:first-child,
-td:nth-child(2),th:nth-child(2){text-align:left}img{width:min(100%,36rem);vertical-align:top;margin:.4rem 1rem .4rem 0}dt{font-weight:600;float:left;
-clear:left;width:8rem}dd{margin-left:8.5rem;overflow-wrap:anywhere}p{color:#444}"""
-
-
-def write_html(path: str | Path, report: dict, drawn: dict[str, bytes]) -> None:
+def write_html(path: str | Path, content: dict, drawn: dict[str, bytes], made: dict[str, str] | None = None) -> None:
     """One page that needs nothing else: every table, every picture inside. drawn: {name: PNG}."""
-    facts = {name: value for name, value in report.items() if name not in ("version", "lists") and value is not None}
-    parts = ["<h1>Speaker verification report</h1>", "<dl>"]
-    parts += [f"<dt>{html.escape(name)}</dt><dd>{html.escape(_shown(value))}</dd>" for name, value in facts.items()]
-    parts += ["</dl>", "<h2>Figures</h2>", _html_table(rows(report)), f"<p>{NOTE}</p>"]
-    for entry in report["lists"]:
+    sections = []
+    for entry in content["lists"]:
+        name = entry["name"]
+        tables = [("Figures", [row[1:] for row in rows({"lists": [entry]})])]
         if "thresholds" in entry:
-            parts += [
-                f"<h2>Thresholds: {html.escape(entry['name'])}</h2>",
-                _html_table(threshold_rows(entry["thresholds"])),
-            ]
-            parts.append(f"<p>{CARD_NOTE}</p>")
-        for name, groups in entry.get("groups", {}).items():
-            parts += [f"<h2>{html.escape(entry['name'])} by {html.escape(name)}</h2>", _html_table(group_rows(groups))]
-    parts.append("<h2>Pictures</h2>")
-    for name, png in drawn.items():
-        data = base64.b64encode(png).decode()
-        parts.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Speaker verification report</title><style>{STYLE}</style>'
+            tables.append(("Thresholds", thresholds.rows(entry["thresholds"])))
+        tables += [(f"By {by}", groups.rows(found)) for by, found in entry.get("groups", {}).items()]
+        own = [picture for picture in (f"det-{name}", f"histogram-{name}", f"reliability-{name}") if picture in drawn]
+        tables = [(title, filled(table)) for title, table in tables]
+        known = {"name": name, "role": entry["role"], "remarks": entry.get("remarks", [])}
+        sections.append(known | {"tables": tables, "pictures": own})
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.jinja").render(
+        verdict=verdict(content),
+        sections=sections,
+        facts=_facts(content) | (made or {}),
+        options={name: value for name, value in content.items() if isinstance(value, dict)},
+        pictures={name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in drawn.items()},
+    )
     with atomic_write(path) as file:
-        file.write((head + "\n".join(parts) + "</html>\n").encode())
+        file.write(page.encode())
 
 
-NOTE = (
-    "EER by linear interpolation at distinct scores, in percent; minDCF normalised, with the misses and false alarms behind"
-    " it (fewer than 10 false alarms: unreliable). Intervals: 95 %, percentiles of a bootstrap over speakers. Figures of a"
-    " development list are those of the list that calibration and thresholds were learned on."
-)
-CARD_NOTE = (
-    "A rate f is only claimed on at least 30/f non-targets. `oracle`: the threshold was taken from this very list, which no"
-    " deployed system can do."
-)
-
-
-def _html_table(table: list[list[str]]) -> str:
-    head, *body = _filled(table)
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
-    return "<table>" + "".join(lines) + "</table>"
-
-
-def _shown(value) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{name} {_shown(inner)}" for name, inner in value.items() if inner is not None)
-    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
+def _facts(content: dict) -> dict[str, str]:
+    """The plain facts at the head of a report."""
+    facts = {
+        name: value for name, value in content.items() if isinstance(value, (str, int, float)) and name != "version"
+    }
+    return {name: f"{value:.2f}" if isinstance(value, float) else str(value) for name, value in facts.items()}

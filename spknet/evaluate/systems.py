@@ -1,95 +1,126 @@
-"""Every way of scoring a list from the same embeddings, each building on the one before.
+"""Every way of scoring a list from the same embeddings, each building on the one before. numpy alone.
 
     cosine | mean_distance  ->  mean-subtracted  ->  AS-norm  ->  calibrated
 
-The cohort is one mean vector for each training speaker; calibration is learned on the development list.
+The cohort is one mean vector for each of some speakers (normally those of training); calibration is learned on development
+trials. PRESETS are what published figures are made with.
 
-    backend = Backend(as_norm=300); systems = backend.systems(trials, rows, Embedded(embeddings, samples))
+    system = System(top=300, cohort=means).learned(dev_trials, embedded); system.scores(trials, embedded)["calibrated"]
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from spknet.config import Config, DataConfig
-from spknet.data.corpus import dev_speakers
+from spknet.evaluate import cohort as cohorts
 from spknet.evaluate import scoring
-from spknet.evaluate.calibration import Calibration, features, fit
-from spknet.evaluate.scoring import ScoringError
-from spknet.evaluate.trials import TrialError, Trials, open_text
-from spknet.evaluate.utterances import SAMPLE_RATE, Places, Sources, as_list
+from spknet.evaluate.calibration import LOGS, LONGEST, MEASURES, Calibration, features, fit
+from spknet.evaluate.scoring import Embedded, ScoringError
+
+TOP = 300  # of AS-norm in published figures
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """Embeddings (utterances, crops, D) and what else is known of the utterances: name -> row, length in samples."""
+class System:
+    """How trials are scored. Errors: `check` and `scores` raise ScoringError.
 
-    embeddings: np.ndarray
-    rows: dict[str, int]
-    samples: np.ndarray
-    sample_rate: int = SAMPLE_RATE  # Hz
+    cohort: (speakers, D) mean vectors of spknet.evaluate.cohort.speaker_means with the same `normalize`; where
+    spknet.evaluate.evaluation.evaluate embeds, also a spknet.evaluate.lists.Cohort that says which utterances to take, or the
+    path of a run, whose training data are then the cohort.
+    """
 
-    def sides(self, trials: Trials, values: np.ndarray, together=np.mean) -> tuple[np.ndarray, np.ndarray]:
-        """A quantity of utterances for the left and the right of each trial; together: what makes a model's of several."""
-        models = [together(values[[self.rows[u] for u in trials.utterances_of(m)]]) for m in trials.models]
-        tests = [values[self.rows[t]] for t in trials.tests]
-        return np.array(models)[trials.left], np.array(tests)[trials.right]
+    score: str = "cosine"  # cosine, or mean_distance (voxceleb_trainer)
+    normalize: bool = True  # every crop's embedding is given length 1 before anything else
+    cohort: np.ndarray | object | None = None
+    top: int = 0  # AS-norm over so many of a side's highest cohort scores; 0: none
+    subtract_mean: bool = False  # the cohort's mean is taken from every vector
+    decimals: int | None = None  # AS-norm starts from cosines rounded to so many decimals
+    qualities: tuple[str, ...] = ()  # of spknet.evaluate.calibration.QUALITIES
+    calibration: Calibration | bool = False  # True: to be learned on development trials
+    threads: int = 0  # of the processor; 0: as OMP_NUM_THREADS says, else one a core
 
-    def magnitudes(self) -> np.ndarray:
-        """Mean length of each utterance's embeddings before normalisation."""
-        return np.linalg.norm(self.embeddings, axis=-1).mean(axis=1)
-
-
-@dataclass
-class Backend:
-    """How lists are scored. cohort: (speakers, D) mean vectors, for subtract_mean and as_norm (the K of its top K)."""
-
-    score: str = "cosine"
-    normalize: bool = True  # mean_distance: length-normalise; voxceleb_trainer does not where it trained with proto
-    subtract_mean: bool = False
-    as_norm: int = 0
-    qualities: tuple[str, ...] = ()
-    cohort: np.ndarray | None = None
-    calibration: Calibration | None = None
+    @property
+    def wants_cohort(self) -> bool:
+        return bool(self.top or self.subtract_mean)
 
     def check(self) -> None:
         """Raises ScoringError for a combination that cannot be."""
-        if self.score != "cosine" and (self.subtract_mean or self.as_norm):
+        if self.score not in ("cosine", "mean_distance"):
+            raise ScoringError(f"score {self.score!r}: expected cosine or mean_distance")
+        if self.score != "cosine" and self.wants_cohort:
             raise ScoringError("mean subtraction and AS-norm work on cosine scores; give --score cosine")
+        if self.qualities and not self.calibration:
+            raise ScoringError("quality measures are inputs of calibration; give --calibrate")
+        if "cohort_mean" in self.qualities and not self.top:
+            raise ScoringError("the quality cohort_mean comes from AS-norm's cohort scores; give --as_norm K")
+        if "norm" in self.qualities and self.score != "cosine":
+            raise ScoringError("the quality norm is that of a vector scored by cosine; give --score cosine")
 
-    def systems(self, trials: Trials, embedded: Embedded) -> dict[str, np.ndarray]:
-        """{system: (n,) scores} of one list, the last being the one that counts. Raises TrialError for a score that is NaN."""
+    def plain(self) -> System:
+        """The first step alone: cosine or mean distance."""
+        return replace(self, subtract_mean=False, top=0, calibration=False, qualities=(), cohort=None)
+
+    def scores(self, trials, embedded: Embedded) -> dict[str, np.ndarray]:
+        """{name: (n,) scores} of one list (spknet.evaluate.trials.Trials), the last being the one that counts.
+
+        Raises ScoringError for a score that is not finite, naming the trial.
+        """
+        scores, inputs = self._scores(trials, embedded)
+        if isinstance(self.calibration, Calibration):
+            scores["calibrated"] = self.calibration(inputs())
+        return scores
+
+    def learned(self, trials, embedded: Embedded) -> System:
+        """This system with a calibration learned on a labelled development list. Raises CalibrationError."""
+        _, inputs = self._scores(trials, embedded)
+        return replace(self, calibration=fit(inputs(), trials.labels))
+
+    def inputs(self, trials, embedded: Embedded) -> np.ndarray:
+        """What calibration is given, (n, 1 + 2 * LOGS + 4 * MEASURES): the last score, then the qualities in their order."""
+        return self._scores(trials, embedded)[1]()
+
+    def _scores(self, trials, embedded: Embedded):
+        """Uncalibrated scores by name, and a function that gives calibration's inputs."""
         right = np.array([embedded.rows[name] for name in trials.tests])[trials.right]
-        found = {}
+        values: dict = {}  # of the two sides, by quality
         if self.score == "mean_distance":
-            found[self.score] = self._distances(trials, embedded, right)
+            found = {self.score: self._distances(trials, embedded, right)}
         else:
-            rows = scoring.vectors(embedded.embeddings)
-            left = scoring.enrol(trials, embedded.rows, rows)
-            units = scoring.unit(left), scoring.unit(rows)
-            found["cosine"] = scoring.cosine(*units, trials.left, right)
-            if self.subtract_mean:
-                mean = self.cohort.mean(axis=0)
-                units = scoring.unit(left - mean), scoring.unit(rows - mean)
-                found["mean-subtracted"] = scoring.cosine(*units, trials.left, right)
-            if self.as_norm:
-                base = list(found.values())[-1]
-                found["AS-norm"] = self._as_norm(base, units, trials.left, right)
+            found = self._cosines(trials, embedded, right, values)
         for scores in found.values():
-            scoring.check_finite(scores, trials)
-        if self.calibration is not None:
-            found["calibrated"] = self.calibration(self._features(list(found.values())[-1], trials, embedded))
+            check_finite(scores, trials)
+        return found, lambda: self._inputs(list(found.values())[-1], trials, embedded, values)
+
+    def _cosines(self, trials, embedded: Embedded, right: np.ndarray, values: dict) -> dict[str, np.ndarray]:
+        rows = scoring.vectors(embedded.embeddings, self.normalize)
+        left = scoring.enrol(trials, embedded.rows, rows)
+        units = scoring.unit(left), scoring.unit(rows)
+        found = {"cosine": scoring.cosine(*units, trials.left, right, self.threads)}
+        if self.subtract_mean:
+            mean = self.cohort.mean(axis=0)
+            left, rows = left - mean, rows - mean
+            units = scoring.unit(left), scoring.unit(rows)
+            found["mean-subtracted"] = scoring.cosine(*units, trials.left, right, self.threads)
+        if "norm" in self.qualities:
+            norms = np.linalg.norm(left, axis=1), np.linalg.norm(rows, axis=1)
+            values["norm"] = norms[0][trials.left], norms[1][right]
+        if self.top:
+            base = list(found.values())[-1]
+            base = base if self.decimals is None else np.round(base.astype(np.float64), self.decimals)
+            found["AS-norm"] = self._as_norm(base, units, (trials.left, right), values)
         return found
 
-    def calibrate(self, trials: Trials, embedded: Embedded) -> None:
-        """Learns the calibration from a labelled development list."""
-        scores = list(self.systems(trials, embedded).values())[-1]
-        self.calibration = fit(self._features(scores, trials, embedded), trials.labels)
+    def _as_norm(self, scores: np.ndarray, units: tuple, sides: tuple, values: dict) -> np.ndarray:
+        others = self.cohort - self.cohort.mean(axis=0) if self.subtract_mean else self.cohort
+        others = scoring.unit(others)
+        left, (used, right) = sides[0], np.unique(sides[1], return_inverse=True)
+        both = [cohorts.statistics(rows, others, self.top, self.threads) for rows in (units[0], units[1][used])]
+        values["cohort_mean"] = both[0][0][left], both[1][0][right]
+        return cohorts.as_norm(scores, *both, left, right)
 
-    def _distances(self, trials: Trials, embedded: Embedded, right: np.ndarray) -> np.ndarray:
+    def _distances(self, trials, embedded: Embedded, right: np.ndarray) -> np.ndarray:
         # All crops of a model's utterances against the test's: the mean over its utterances, each a pair of its own.
         models = [[embedded.rows[u] for u in trials.utterances_of(m)] for m in trials.models]
         sizes = np.array([len(own) for own in models])
@@ -97,93 +128,32 @@ class Backend:
         starts = np.cumsum(size) - size
         left = np.concatenate(models)[np.arange(size.sum()) + np.repeat(firsts - starts, size)]
         crops = embedded.embeddings
-        pairs = scoring.mean_distance(crops, crops, left, np.repeat(right, size), self.normalize)
+        pairs = scoring.mean_distance(crops, crops, left, np.repeat(right, size), self.normalize, self.threads)
         return (np.add.reduceat(pairs, starts) / size).astype(pairs.dtype)
 
-    def _as_norm(self, scores, units, left, right) -> np.ndarray:
-        cohort = self.cohort - self.cohort.mean(axis=0) if self.subtract_mean else self.cohort
-        cohort = scoring.unit(cohort)
-        used, right = np.unique(right, return_inverse=True)
-        statistics = [scoring.cohort_statistics(rows, cohort, self.as_norm) for rows in (units[0], units[1][used])]
-        return scoring.as_norm(scores, *statistics, left, right)
-
-    def _features(self, scores: np.ndarray, trials: Trials, embedded: Embedded) -> np.ndarray:
+    def _inputs(self, scores: np.ndarray, trials, embedded: Embedded, values: dict) -> np.ndarray:
         # A model has all its utterances' speech, but the mean of their magnitudes.
-        known = {
-            "duration": (embedded.samples / embedded.sample_rate, np.sum),
-            "magnitude": (embedded.magnitudes(), np.mean),
-        }
-        sides = [tuple(map(np.log, embedded.sides(trials, *known[quality]))) for quality in self.qualities]
-        return features(scores, sides)
+        known = {"duration": (embedded.seconds, np.sum), "magnitude": (embedded.magnitudes(), np.mean)}
+        logs = [tuple(map(np.log, embedded.sides(trials, *known[q]))) for q in self.qualities if q in LOGS]
+        if "capped_duration" in self.qualities:
+            seconds = embedded.sides(trials, *known["duration"])
+            values["capped_duration"] = tuple(np.minimum(side, LONGEST) for side in seconds)
+        return features(scores, logs, [values[q] for q in self.qualities if q in MEASURES])
 
 
-def trained_speakers(config: Config, meta: dict) -> list[str] | None:
-    """The speakers that a network of spknet.checkpoints.network.load_network was trained on; None where its file does not say."""
-    if "speakers" not in meta:
-        return None
-    kept_out = dev_speakers(meta["speakers"], config.data.dev_speakers)
-    return [name for name, out in zip(meta["speakers"], kept_out) if not out]
-
-
-def cohort_places(
-    data: DataConfig, each: int, speakers: list[str] | None, sample_rate: int = SAMPLE_RATE
-) -> tuple[Places, np.ndarray]:
-    """At most `each` utterances of every cohort speaker, spread over what there is, and the speaker number of each (n,).
-
-    data: train_shards, or train_list with train_root. speakers: those the network was trained on; None for all.
-    sample_rate: the network's, Hz.
-    """
-    sources = Sources(data.train_shards, data.train_root, sample_rate)
-    if data.train_shards:
-        return _packed_cohort(sources, data, each, speakers)
-    if not data.train_list:
+def check_finite(scores: np.ndarray, trials) -> None:
+    """Raises ScoringError naming the first trial whose score is not a finite number."""
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
         raise ScoringError(
-            "mean subtraction and AS-norm need a cohort, and the run names no training data: give --cohort LIST"
-            " --cohort_root FOLDER, or --cohort_shards FOLDER"
+            f"{trials.describe(bad[0])}: the score is {scores[bad[0]]} (and {len(bad) - 1} more); expected a finite number:"
+            " did training diverge, or is an utterance silent?"
         )
-    of_speaker: dict[str, list[str]] = {}
-    for number, line in open_text(data.train_list):
-        words = line.split()
-        if len(words) != 2:
-            raise TrialError(f"{data.train_list}, line {number}: {len(words)} columns; expected `speaker path`")
-        of_speaker.setdefault(words[0], []).append(words[1])
-    kept = sorted(of_speaker if speakers is None else set(of_speaker) & set(speakers))
-    names = [(speaker, of_speaker[speaker][i]) for speaker in kept for i in spread(len(of_speaker[speaker]), each)]
-    places = sources.locate([name for _, name in names])
-    if places.missing():
-        raise TrialError(f"{data.train_list}: {places.missing()[0]} not found in {data.train_root}")
-    if not names:
-        raise ScoringError(f"{data.train_list}: none of its speakers is one that the network was trained on")
-    return sources.measure(places), np.unique([speaker for speaker, _ in names], return_inverse=True)[1]
 
 
-def _packed_cohort(sources: Sources, data: DataConfig, each: int, speakers: list[str] | None):
-    known = None if speakers is None else set(speakers)
-    names, where, samples, of = [], [], [], []
-    for number, (folder, packed) in enumerate(zip(as_list(data.train_shards), sources.sets)):
-        for s, speaker in enumerate(packed.speakers):
-            # A run on several data sets calls its speakers SET/SPEAKER.
-            if known is not None and known.isdisjoint((speaker, f"{Path(folder).name}/{speaker}")):
-                continue
-            first, last = int(packed.speaker_rows[s]), int(packed.speaker_rows[s + 1])
-            for row in (first + i for i in spread(last - first, each)):
-                names.append(packed.key(row))
-                where.append((number, row))
-                samples.append(int(packed.samples[row]))
-                of.append((number, s))
-    if not names:
-        raise ScoringError(f"{data.train_shards}: none of its speakers is one that the network was trained on")
-    return Places(names, where, np.array(samples)), np.unique(of, axis=0, return_inverse=True)[1].reshape(-1)
-
-
-def spread(there: int, wanted: int) -> list[int]:
-    """At most `wanted` of `there` positions, evenly over them."""
-    return [int(i) for i in np.linspace(0, there - 1, min(wanted, there)).round()]
-
-
-def speaker_means(embeddings: np.ndarray, speakers: np.ndarray) -> np.ndarray:
-    """(utterances, crops, D) and the speaker number of each -> (speakers, D), means of the utterances' vectors."""
-    rows = scoring.vectors(embeddings)
-    sums = np.zeros((speakers.max() + 1, rows.shape[1]), rows.dtype)
-    np.add.at(sums, speakers, rows)
-    return sums / np.bincount(speakers)[:, None].astype(rows.dtype)
+_WESPEAKER = System(normalize=False, subtract_mean=True, top=TOP, decimals=5)
+PRESETS = {
+    "voxceleb_trainer": System(score="mean_distance"),
+    "wespeaker": _WESPEAKER,  # cosine after mean subtraction, AS-norm over 300 speakers' means
+    "wespeaker-qmf": replace(_WESPEAKER, qualities=MEASURES, calibration=True),  # and calibration with 13 inputs
+}

@@ -45,8 +45,10 @@ class Failure:
 class Watchdog:
     """One for each rank and run. report: called with the Failure on rank 0, before the process leaves."""
 
-    def __init__(self, report: Callable[[Failure], None]):
+    def __init__(self, report: Callable[[Failure], None], wants_to_stop: Callable[[], str | None] = lambda: None):
         self.me, self.limit, self.report = here(), meeting().limit, report
+        self.wants_to_stop = wants_to_stop  # the signal that asked this rank to stop
+        self.asked: str | None = None  # what asked some rank to stop
         self.interval = min(1.0, self.limit / 8)
         self.place = (0, 0, "starting")  # step, order within the step, in words
         self.since: float | None = time.monotonic()  # None: what is done now may take its time
@@ -74,6 +76,10 @@ class Watchdog:
         """What comes now (evaluation) may take much longer than a step."""
         self.place, self.since = (step, 9, doing), None
 
+    def stop_asked(self) -> bool:
+        """Whether some rank has been asked to stop; known to all within a second or two."""
+        return bool(self.wants_to_stop() or self.asked)
+
     def fail(self, failure: Failure) -> Failure:
         """Tells all ranks why this one ends; returns the failure that was told first, which may be another rank's.
 
@@ -98,6 +104,10 @@ class Watchdog:
                 step, order, doing = self.place
                 self.store.set(f"at/{self.me.rank}", f"{self.beats} {step} {order} {doing}")
                 told = self.store.get("failure").decode() if self.store.check(["failure"]) else ""
+                if self.asked is None and self.wants_to_stop():
+                    self.store.set("stop", self.wants_to_stop())
+                if self.store.check(["stop"]):
+                    self.asked = self.store.get("stop").decode()
                 self.heard = time.monotonic()
             except Exception as error:
                 if self.stopped.wait(2 * PATIENCE if "timeout" in str(error).lower() else GRACE):

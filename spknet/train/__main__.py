@@ -70,13 +70,13 @@ class Run:
                 run_folder.refuse(self.config.run_dir, failure.reason, token)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def main(argv: list[str] | None = None, theirs: bool = False) -> int:
+    """The command line; returns the exit status. theirs: it is voxceleb_trainer's, whatever it says."""
     argv = sys.argv[1:] if argv is None else argv
     run, stop = Run(), StopSignals()
     words, error = None, None
     try:
-        words = voxceleb_trainer.options(argv)
+        words = voxceleb_trainer.options(argv, theirs)
         run.config = words[0]
     except UserError as mistake:  # told below, when the ranks have met
         error = mistake
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _watched(run: Run, words, error: UserError | None, stop: StopSignals) -> int:
     """Everything that happens once the ranks have met."""
-    watchdog = Watchdog(run.report).start()
+    watchdog = Watchdog(run.report, lambda: stop.received).start()
     try:
         with together("reading the options"):
             if error is not None:
@@ -184,6 +184,7 @@ def _begin(run: Run, places: list[tuple[str, str]]) -> None:
 
 
 def _end(run: Run, stopped_by: str | None) -> None:
+    run.owner.check()
     step = run.trainer.step
     write_state(run.config.run_dir, "requeue" if stopped_by else "done", step, stopped_by or "", run.owner.token)
     say(f"stopped by {stopped_by} at step {step}" if stopped_by else f"done: {run.config.run_dir}")

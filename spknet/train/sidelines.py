@@ -35,6 +35,7 @@ class Sidelines:
         self.config, self.first = trainer.config, trainer.me.first
         self.run_dir = Path(self.config.run_dir)
         self.meter, self.log = Meter(), None
+        self.stopped = False  # whether a signal came before the first step
         trainer.saved()
 
     def __enter__(self) -> Sidelines:
@@ -48,7 +49,7 @@ class Sidelines:
             self._stack = stack.pop_all()
         known = broadcast(self.log is not None and self.log.has_evaluation(t.step))
         if t.step > 0 and self.evaluation_due() and not known:
-            self.evaluate()  # the run died between this step's checkpoint and its evaluation
+            self.stopped = self.evaluate()  # the run died between this step's checkpoint and its evaluation
         return self
 
     def __exit__(self, *error) -> None:
@@ -65,6 +66,10 @@ class Sidelines:
             # Ranks meet in the step's collectives, so one that is slow stays behind in this alone.
             self.watchdog.says("computing", self.trainer.step, 1)
             yield batch
+
+    def stopped_by(self) -> str:
+        """The signal that asked for the stop, as far as this rank knows."""
+        return self.stop.received or self.watchdog.asked or "a signal to another rank"
 
     def asks(self) -> list[bool]:
         """What this rank asks of all: to stop, to save."""
@@ -86,7 +91,7 @@ class Sidelines:
             # Before an evaluation, too: a signal that comes in it finds the steps saved.
             self.save()
             if evaluates and not stop:
-                self.evaluate()
+                stop = self.evaluate()
                 t.task.train()
             self.meter.resume()
         return stop
@@ -119,18 +124,20 @@ class Sidelines:
         every = max(1, round(c.every_epochs * t.steps_per_epoch)) if c.every_epochs else t.total_steps
         return t.step == t.total_steps or (t.step > 0 and t.step % every == 0)
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> bool:
         """Evaluates the network, averaged where the run averages, on all ranks; a better development EER makes this step
-        the best checkpoint."""
+        the best checkpoint. Returns whether a signal stopped it; it is then done after the restart."""
         t = self.trainer
         self.watchdog.pause("evaluating", t.step)
         folder = self.run_dir / "eval" / f"step-{t.step:08d}"
         averaged = t.averaging.applied() if self.config.eval.weights == "averaged" else contextlib.nullcontext()
         # Whole utterances differ in length, and each length would be compiled anew.
         with torch.compiler.set_stance("force_eager"), averaged:
-            figures = evaluation.evaluate_network(
-                t.task.model, self.config, out_dir=folder, step=t.step, device=t.me.device
-            )
+            how = {"out_dir": folder, "step": t.step, "trials": t.lists}
+            try:
+                figures = evaluation.evaluate_network(t.task.model, self.config, **how, stop=self.watchdog.stop_asked)
+            except evaluation.Stopped:
+                return True
         figures = broadcast(figures)
         if figures.get("dev_eer") is not None and (t.best is None or figures["dev_eer"] < t.best["dev_eer"]):
             t.best = {"step": t.step, "dev_eer": figures["dev_eer"]}
@@ -140,6 +147,7 @@ class Sidelines:
             self.log.add_picture("eval/det", folder / "det.png", t.step)
         if "eer" in figures:  # not with unlabelled lists only
             say(f"step {t.step}: EER {figures['eer']:.2f} %, minDCF(0.01) {figures['min_dcf_p01']:.3f}")
+        return False
 
     def write_metrics(self) -> None:
         t, n = self.trainer, self.trainer.window["steps"]

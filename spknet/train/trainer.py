@@ -28,6 +28,7 @@ from spknet.config import Config
 from spknet.data.batches import Batch, Batches
 from spknet.data.corpus import Corpus
 from spknet.evaluate import evaluation
+from spknet.evaluate.lists import Lists
 from spknet.losses import build_loss
 from spknet.losses.sharded import Sharded
 from spknet.messages import say, warn
@@ -59,7 +60,7 @@ class Trainer:
             self.corpus = Corpus.open(config.data, config.train.seed, config.augment)
         agree({"the training data": self.corpus.fingerprint()})
         self.sample_rate = self.corpus.utterances.sample_rate
-        on_first("reading the trial lists", self._check_lists, share=False)
+        self.lists = on_first("reading the trial lists", self._check_lists, share=False)  # once for all evaluations
         self.steps_per_epoch = self.corpus.sampler.steps
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
@@ -71,8 +72,8 @@ class Trainer:
         self.best: dict | None = None  # {"step", "dev_eer"}
         self.seconds = 0.0  # of training, evaluation and saving apart
 
-    def _check_lists(self) -> None:
-        evaluation.check(self.config, sample_rate=self.sample_rate)
+    def _check_lists(self) -> Lists | None:
+        return evaluation.check(self.config, sample_rate=self.sample_rate)
 
     def _build(self) -> None:
         c, per_speaker = self.config, self.config.data.utterances_per_speaker
@@ -147,6 +148,7 @@ class Trainer:
             "scheduler": {"name": self.config.optim.schedule, "step": self.step},
             "scaler": self.scaler.state_dict(),
             "speakers": self.speakers(),
+            "dev_speakers": [name for name, out in zip(self.speakers(), self.corpus.kept_out) if out],
             "labels": self.corpus.utterances.labels.tolist(),
             "data_fingerprint": self.corpus.fingerprint(),
             "versions": run_folder.versions(),
@@ -162,6 +164,8 @@ class Trainer:
     def train(self, side: Sidelines) -> str | None:
         """Runs to the last step. Returns the name of the signal that stopped it before, or None."""
         c = self.config.train
+        if side.stopped:
+            return side.stopped_by()
         self.task.train()
         if c.chunk and train_batchnorm(self.task.model):
             say(f"train.chunk: BatchNorm's statistics are those of {c.chunk} utterances a rank")
@@ -170,13 +174,15 @@ class Trainer:
                 self._set_rates()
                 inputs = prepare(batch, self.samples, self.dtype, self.me.device)
                 self.gradients.clear()
+                for rows in self.task.loss.shards():  # this rank's alone, and so not among those above
+                    rows.grad = None
                 if c.chunk:
                     loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, self.gradients, c.chunk)
                 else:
                     loss, accuracy = step_at_once(self.task, inputs, self.scaler.scale, self.gradients)
                 asked = self._update(loss, accuracy, side, batch, inputs[0])
                 if side.after_step(asked):
-                    return side.stop.received or "a signal to another rank"
+                    return side.stopped_by()
         return None
 
     def _set_rates(self) -> None:

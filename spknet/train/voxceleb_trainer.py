@@ -68,20 +68,26 @@ class Translation:
         with join(config.train.device, config.train.threads) as me:
             path = config.train.initial_model or config.run_dir
             model, _, _ = load_network(path, me.device, model=config.model)
-            found = evaluate.evaluate_network(model, config, out_dir=out, device=me.device)
+            found = evaluate.evaluate_network(model, config, out_dir=out)
             if me.first:
                 print(f"EER {found['eer']:.4f} %, minDCF(0.05) {found['min_dcf_p05']:.5f}; report: {out}")
         return 0
 
 
 def is_legacy(argv: list[str]) -> bool:
-    """Whether a command line is voxceleb_trainer's: it has one of its flags, or a YAML file of its options."""
-    words = [word[2:].split("=", 1)[0] for word in argv if word.startswith("--")]
+    """Whether a command line is voxceleb_trainer's: all of its words are, and it names a model and what to do with it.
+
+    A model and a loss, or --eval, may stand in its YAML file. Options of spknet (`--group.name`) may stand between. Any other
+    command line is ours; `spknet voxceleb-trainer` takes one for theirs whatever it says.
+    """
+    names = [word[2:].split("=", 1)[0] for word in argv if word.startswith("--")]
+    if not all(name in KNOWN or "." in name or name in ("config", "run_dir") for name in names):
+        return False
     path = value_of(argv, "config")
-    if path is not None:  # our own files have groups of options where theirs have values: model, eval, augment
-        values = read_yaml(path) if Path(path).is_file() else {}
-        return any(name in KNOWN and not isinstance(value, dict) for name, value in values.items())
-    return any(word in KNOWN for word in words)
+    values = read_yaml(path) if path is not None and Path(path).is_file() else {}
+    # Our own files have groups of options where theirs have values: model, eval, augment.
+    given = {*names, *(name for name, value in values.items() if isinstance(value, (str, int, float)))}
+    return "model" in given and bool(given & {"trainfunc", "eval"})
 
 
 def translate(argv: list[str]) -> Translation:
@@ -309,13 +315,15 @@ def command(config: Config, eval_only: bool) -> str:
     return shlex.join(words)
 
 
-def options(argv: list[str]) -> tuple[Config, Callable[[], int] | None]:
+def options(argv: list[str], theirs: bool = False) -> tuple[Config, Callable[[], int] | None]:
     """The run that a command line, ours or voxceleb_trainer's, describes; and for its --eval, what to do instead of training.
+
+    theirs: it is voxceleb_trainer's, whatever it says.
 
     Prints what a translation has to say. Raises ConfigError for words that are wrong and where there is no run folder.
     """
     instead = None
-    if is_legacy(argv):
+    if theirs or is_legacy(argv):
         translation = translate(argv)
         if int(os.environ.get("RANK", 0)) == 0:
             print("\n".join(translation.notes), file=sys.stderr)

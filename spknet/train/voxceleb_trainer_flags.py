@@ -47,9 +47,9 @@ FLAGS: dict[str, tuple[Any, Any, Any]] = {
     "initial_model": (str, "", ""),
     "save_path": (str, "data/exp1", "exps/exp1"),
     "train_list": (str, "", "data/train_list.txt"),
-    "test_list": (str, "", "data/test_list.txt"),
-    "train_path": (str, "voxceleb2", "data/voxceleb2"),
-    "test_path": (str, "voxceleb1", "data/voxceleb1"),
+    "test_list": (str, "", "data/veri_test.txt"),
+    "train_path": (str, "voxceleb2", "data/voxceleb2/dev/wav"),
+    "test_path": (str, "voxceleb1", "data/voxceleb1/test/wav"),
     "model": (str, "", ""),
     "nOut": (int, 512, 512),
     "nSpeakers": (int, 5994, 5994),
@@ -90,7 +90,8 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     parser.add_argument("--nSpeakers", "--nClasses", type=int)
     for name, (kind, *_) in {**FLAGS, **NEWER}.items():
         if name != "nSpeakers":
-            parser.add_argument(f"--{name}", type=kind)
+            # Values of old, switches in the newest version: both are taken.
+            parser.add_argument(f"--{name}", type=kind, **({"nargs": "?", "const": True} if kind is truth else {}))
     for name in SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     given = vars(parser.parse_args(argv))

@@ -133,13 +133,24 @@ def test_a_wrong_value_in_a_yaml_file_is_named_with_its_file(tmp_path):
 
 def test_which_command_lines_are_voxceleb_trainers(tmp_path):
     theirs, ours = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
-    theirs.write_text("model: ResNetSE34L\nbatch_size: 200\n")
-    ours.write_text("run_dir: a\nmodel:\n  name: VGGVox\n")
-    assert legacy.is_legacy(["--model", "ResNetSE34L"]) and legacy.is_legacy(["--trainfunc=softmax"])
-    assert legacy.is_legacy(["--config", str(theirs)])
+    theirs.write_text("model: ResNetSE34L\ntrainfunc: softmax\nbatch_size: 200\n")
+    ours.write_text("run_dir: a\nmodel:\n  name: VGGVox\neval:\n")
+    assert legacy.is_legacy(["--model", "ResNetSE34L", "--trainfunc=softmax", "--optim.lr", "1"])
+    assert legacy.is_legacy(["--config", str(theirs)]) and legacy.is_legacy(["--config", str(theirs), "--augment"])
+    assert legacy.is_legacy(["--eval", "--model", "ResNetSE34L", "--initial_model", "a.model"])
+    for word in ("--lr", "--seed", "--margin", "--model"):  # one of their words does not make a line theirs
+        assert not legacy.is_legacy([word, "1"])
+    assert not legacy.is_legacy(["--model", "ResNetSE34L", "--trainfunc", "softmax", "--train_shards", "x"])
     assert not legacy.is_legacy(["--config", "fast_resnet34_angleproto", "--lr", "1"])
     assert not legacy.is_legacy(["--config", str(ours), "--optim.lr", "1"])
     assert not legacy.is_legacy(["--run_dir", "a", "--data.train_shards", "b"]) and not legacy.is_legacy(["--help"])
+
+
+def test_switches_of_the_newest_version_and_its_folders():
+    done = legacy.translate(["--model", "ResNetSE34V2", "--trainfunc", "softmax", "--log_input", "--seed", "3"])
+    assert done.config.model.log_input and done.config.train.seed == 3
+    assert done.config.data.train_root == "data/voxceleb2/dev/wav" and done.config.eval.trials == "data/veri_test.txt"
+    assert done.config.eval.root == "data/voxceleb1/test/wav"
 
 
 def test_distributed_says_what_the_batch_would_have_been(monkeypatch):

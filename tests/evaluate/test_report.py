@@ -8,10 +8,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from spknet import errors
 from spknet.evaluate import compare, metrics, report
 from spknet.evaluate import plots as pictures
-from spknet.evaluate.assess import write_scores
-from spknet.evaluate.trials import TrialError, read_trials
+from spknet.evaluate.evaluation import figures
+from spknet.evaluate.report import write_scores
+from spknet.evaluate.trials import TrialError, read_trials, speakers
 
 
 def make_list(tmp_path, speakers=12, each=4, name="list.txt"):
@@ -29,7 +31,7 @@ def make_report(folder, trials, scores, order=None, system="cosine"):
     if order is not None:
         lines = (folder / "scores.txt").read_text().splitlines()
         (folder / "scores.txt").write_text("\n".join(lines[i] for i in order) + "\n")
-    found = report.figures(scores, trials, replicates=50)
+    found = figures(scores, trials, replicates=50)
     entry = {
         "name": trials.name,
         "path": trials.path,
@@ -49,12 +51,12 @@ def draw(trials, shift, seed):
 def test_labels_that_contradict_the_names_get_no_interval(tmp_path):
     (tmp_path / "list.txt").write_text("1 a/0 b/0\n0 a/0 b/1\n1 a/0 a/1\n")
     trials = read_trials(tmp_path / "list.txt")
-    found = report.figures(np.array([1.0, 0.0, 2.0]), trials)
+    found = figures(np.array([1.0, 0.0, 2.0]), trials)
     assert found["interval"] is None
     assert found["no_interval"] == "1 labels contradict the speakers in the names; give --utt2spk"
     known = {"a/0": "anna", "b/0": "anna", "a/1": "anna", "b/1": "bob"}
-    assert report.figures(np.array([1.0, 0.0, 2.0]), trials, known=known)["interval"] is not None
-    assert report.speakers(trials, known) == 2
+    assert figures(np.array([1.0, 0.0, 2.0]), trials, speakers(trials, known))["interval"] is not None
+    assert len(speakers(trials, known).names) == 2
 
 
 def test_the_report_is_plain_json_even_with_infinite_thresholds(tmp_path):
@@ -83,11 +85,11 @@ def test_the_page_needs_nothing_else_and_escapes_names(tmp_path):
 
 def test_an_unlabelled_list_stands_in_the_table_without_figures():
     rows = report.rows({"lists": [{"name": "blind", "role": "test", "trials": 1234}]})
-    assert rows[1][0] == "blind" and "1,234" in rows[1] and len(rows[1]) == len(rows[0])
+    assert rows[1][0] == "blind (test)" and "1,234" in rows[1] and len(rows[1]) == len(rows[0])
 
 
 def test_text_tables_leave_empty_columns_out():
-    assert report.text([["a", "b", "c"], ["1", "", "22"], ["333", "", ""]]) == "a    c\n1    22\n333"
+    assert report.text_table([["a", "b", "c"], ["1", "", "22"], ["333", "", ""]]) == "a    c\n1    22\n333"
 
 
 def test_comparing_a_report_with_its_shuffled_self_finds_nothing(tmp_path, capsys):
@@ -135,7 +137,7 @@ def test_labels_that_contradict_the_names_are_not_compared(tmp_path, capsys):
     trials = make_list(tmp_path)
     trials.labels[:] = 1 - trials.labels
     make_report(tmp_path / "a", trials, draw(trials, 1, 0))
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "a")]) == 2
+    assert errors.run(compare.main, [str(tmp_path / "a"), str(tmp_path / "a")]) == 2
     said = capsys.readouterr().err
     assert f"{len(trials)} labels contradict the speakers in the names" in said and "--utt2spk" in said
 
@@ -152,10 +154,10 @@ def test_different_lists_and_broken_reports_are_refused(tmp_path, capsys):
         ([lines[0], "0.5 a b"], "line 2: expected `score left right target|nontarget`"),
     ):
         scores.write_text("\n".join(text) + "\n")
-        assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+        assert errors.run(compare.main, [str(tmp_path / "a"), str(tmp_path / "b")]) == 2
         assert said in capsys.readouterr().err
     (tmp_path / "b" / "report.json").write_text('{"version": 99}')
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert errors.run(compare.main, [str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert "expected a report of version" in capsys.readouterr().err
     with pytest.raises(TrialError, match="cannot read this report"):
         compare.read_report(tmp_path / "nowhere")

@@ -9,9 +9,11 @@ import pytest
 from spknet.evaluate import calibration, scoring
 from spknet.evaluate import groups as breakdown
 from spknet.evaluate.calibration import CalibrationError
-from spknet.evaluate.scoring import ScoringError
-from spknet.evaluate.systems import Backend, Embedded, speaker_means, spread
-from spknet.evaluate.trials import TrialError, read_trials
+from spknet.evaluate.cohort import speaker_means, spread, statistics
+from spknet.evaluate.scoring import Embedded, ScoringError
+from spknet.evaluate.systems import System
+from spknet.evaluate.thresholds import threshold_card
+from spknet.evaluate.trials import read_trials
 
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "losses.json"
 
@@ -52,7 +54,7 @@ def one_distance(a, b):
 def test_blocked_scores_equal_one_trial_at_a_time(tmp_path, score, one):
     e = embedded(NAMES)
     trials = make_list(tmp_path, random_lines())
-    found = Backend(score).systems(trials, e)[score]
+    found = System(score).scores(trials, e)[score]
     a, b = (e.embeddings[[e.rows[n] for n in names]] for names in (trials.models, trials.tests))
     expected = [one(a[i], b[j]) for i, j in zip(trials.left, trials.right)]
     # A file against itself: the closed form of a distance near zero keeps half the digits of float32.
@@ -74,7 +76,7 @@ def test_crop_score_of_voxceleb_trainer_is_reproduced():
 def test_proto_is_scored_without_length_normalisation(tmp_path):
     e = embedded(NAMES[:2], crops=1)
     trials = make_list(tmp_path, [f"{NAMES[0]} {NAMES[1]}"])
-    found = Backend("mean_distance", normalize=False).systems(trials, e)["mean_distance"]
+    found = System("mean_distance", normalize=False).scores(trials, e)["mean_distance"]
     assert found[0] == pytest.approx(-np.linalg.norm(e.embeddings[0, 0] - e.embeddings[1, 0]), rel=1e-5)
 
 
@@ -82,14 +84,14 @@ def test_proto_is_scored_without_length_normalisation(tmp_path):
 def test_shuffled_swapped_and_duplicated_trials_change_no_score(tmp_path, score):
     lines = random_lines(300)
     e = embedded(NAMES)
-    before = dict(zip(lines, Backend(score).systems(make_list(tmp_path, lines), e)[score]))
+    before = dict(zip(lines, System(score).scores(make_list(tmp_path, lines), e)[score]))
     order = np.random.default_rng(3).permutation(300)
     shuffled = [lines[i] for i in order] + lines[:50]
-    after = Backend(score).systems(make_list(tmp_path, shuffled, "b.txt"), e)[score]
+    after = System(score).scores(make_list(tmp_path, shuffled, "b.txt"), e)[score]
     exact = {"rtol": 0, "atol": 0} if score == "cosine" else {"rtol": 0, "atol": 2e-6}
     np.testing.assert_allclose(after, [before[line] for line in shuffled], **exact)
     swapped = [" ".join([t, b, a]) for t, a, b in map(str.split, lines)]
-    after = Backend(score).systems(make_list(tmp_path, swapped, "c.txt"), e)[score]
+    after = System(score).scores(make_list(tmp_path, swapped, "c.txt"), e)[score]
     different = [a != b for _, a, b in map(str.split, lines)]
     np.testing.assert_allclose(after[different], np.array([before[line] for line in lines])[different], **exact)
 
@@ -100,16 +102,16 @@ def test_a_model_of_several_utterances_is_their_mean(tmp_path):
     rows = [(x / np.linalg.norm(x, axis=1, keepdims=True)).mean(axis=0) for x in np.float64(e.embeddings)]
     model, test = np.mean(rows[:3], axis=0), rows[9]
     expected = model @ test / np.linalg.norm(model) / np.linalg.norm(test)
-    assert Backend().systems(trials, e)["cosine"][0] == pytest.approx(expected, abs=1e-6)
+    assert System().scores(trials, e)["cosine"][0] == pytest.approx(expected, abs=1e-6)
     by_pairs = np.mean([one_distance(e.embeddings[i], e.embeddings[9]) for i in range(3)])
-    assert Backend("mean_distance").systems(trials, e)["mean_distance"][0] == pytest.approx(by_pairs, abs=1e-6)
+    assert System("mean_distance").scores(trials, e)["mean_distance"][0] == pytest.approx(by_pairs, abs=1e-6)
 
 
 def test_mean_subtraction_and_as_norm_equal_plain_numpy(tmp_path):
     e, rng = embedded(NAMES, crops=1), np.random.default_rng(8)
     cohort = rng.standard_normal((40, 16)).astype(np.float32) * 0.3 + 0.1
     trials = make_list(tmp_path, random_lines(100))
-    found = Backend(subtract_mean=True, as_norm=7, cohort=cohort).systems(trials, e)
+    found = System(subtract_mean=True, top=7, cohort=cohort).scores(trials, e)
     assert list(found) == ["cosine", "mean-subtracted", "AS-norm"]
     others = np.float64(cohort) - np.float64(cohort).mean(axis=0)
 
@@ -134,19 +136,19 @@ def test_as_norm_refuses_a_k_that_does_not_fit_the_cohort():
     rows = scoring.unit(np.random.default_rng(0).standard_normal((5, 4)))
     for top in (1, 6):
         with pytest.raises(ScoringError, match=f"top {top} of a cohort of 5 speakers; give a number from 2 to 5"):
-            scoring.cohort_statistics(rows, rows, top)
+            statistics(rows, rows, top)
     with pytest.raises(ScoringError, match="all 3 cohort scores are equal"):
-        scoring.cohort_statistics(rows, np.tile(rows[:1], (5, 1)), 3)
+        statistics(rows, np.tile(rows[:1], (5, 1)), 3)
     with pytest.raises(ScoringError, match="work on cosine scores"):
-        Backend("mean_distance", as_norm=300).check()
+        System("mean_distance", top=300).check()
 
 
 def test_a_score_that_is_nan_names_its_trial(tmp_path):
     e = embedded(NAMES)
     e.embeddings[4] = np.nan
     trials = make_list(tmp_path, [f"1 {NAMES[0]} {NAMES[1]}", f"0 {NAMES[0]} {NAMES[4]}"])
-    with pytest.raises(TrialError, match=rf"line 2 \({NAMES[0]} {NAMES[4]}\): the score is nan"):
-        Backend().systems(trials, e)
+    with pytest.raises(ScoringError, match=rf"line 2 \({NAMES[0]} {NAMES[4]}\): the score is nan"):
+        System().scores(trials, e)
 
 
 def test_speaker_means_average_the_utterances_of_a_speaker():
@@ -191,7 +193,7 @@ def test_threshold_card_claims_a_rate_only_with_enough_nontargets():
     rng = np.random.default_rng(0)
     dev = rng.standard_normal(31000), np.array([1] * 1000 + [0] * 30000)
     test = rng.standard_normal(4000), np.array([1] * 500 + [0] * 3500)
-    card = breakdown.threshold_card(test, dev)
+    card = threshold_card(test, dev)
     assert [(row["rate"], row["claimed"], row["chosen_on"]) for row in card] == [
         (0.01, True, "dev"),
         (0.001, False, "dev"),  # 3,500 non-targets on the test list, 30,000 needed
@@ -202,13 +204,13 @@ def test_threshold_card_claims_a_rate_only_with_enough_nontargets():
     assert card[0]["far"] == (test[0][500:] >= card[0]["threshold"]).mean()
     assert card[0]["frr"] == (test[0][:500] < card[0]["threshold"]).mean()
     assert card[2]["threshold"] is None  # 30,000 of 300,000 non-targets
-    assert {row["chosen_on"] for row in breakdown.threshold_card(test, None)} == {"oracle"}
+    assert {row["chosen_on"] for row in threshold_card(test, None)} == {"oracle"}
 
 
 def test_threshold_of_tied_scores_does_not_exceed_its_rate():
     scores = np.array([1.0] * 2980 + [5.0] * 40 + [9.0])
     labels = np.array([0] * 3020 + [1])
-    threshold = breakdown.threshold_card((scores, labels), None)[0]["threshold"]
+    threshold = threshold_card((scores, labels), None)[0]["threshold"]
     assert (scores[:3020] >= threshold).mean() <= 0.01 and threshold > 5
 
 

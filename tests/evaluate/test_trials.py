@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from spknet import errors
 from spknet.evaluate import embeddings as kept
 from spknet.evaluate import make_trials as trial_maker
-from spknet.evaluate import trials
-from spknet.evaluate.systems import Embedded
+from spknet.evaluate.scoring import Embedded
 from spknet.evaluate.trials import TrialError, read_enrolment, read_speakers, read_trials, speaker_of
 
 
@@ -96,7 +96,7 @@ def data(tmp_path):
 
 def run(data, *words):
     out = data.parent / "made.txt"
-    return trials.main(["--list", str(data), "--out", str(out), *words]), out
+    return errors.run(trial_maker.main, ["--list", str(data), "--out", str(out), *words]), out
 
 
 def test_made_trials_cross_sessions_keep_limits_and_repeat_nothing(data, capsys):

@@ -1,5 +1,6 @@
 """Joining parts in place, hostile archives, unpacking and converting: killed anywhere, nothing half-written, nothing outside."""
 
+import contextlib
 import hashlib
 import io
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import random
 import shutil
 import stat
+import struct
 import subprocess
 import warnings
 import zipfile
@@ -284,3 +286,68 @@ def test_bad_file_is_named_and_the_others_are_converted(tmp_path):
     assert problem.startswith(f"{bad}: ") and len(problem) > len(str(bad)) + 5
     assert sorted(path.name for path in kept.parent.iterdir()) == ["0.wav", "1.wav", "2.wav"]
     assert kept.read_bytes() == b"already there"
+
+
+HOSTILE_NAMES = {
+    "one file by two names": (["a.wav", "./a.wav"], "member './a.wav' stands there twice"),
+    "one file by doubled slashes": (["x/a.wav", "x//a.wav"], "stands there twice"),
+    "a file below a file": (["x/a", "x/a/b.wav"], "lies below the file 'x/a'"),
+    "1,500 folders": (["d/" * 1500 + "a.wav"], "has a name longer than file systems take"),
+    "a name of 300 bytes": (["x/" + "y" * 300], "has a name longer than file systems take"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_NAMES)
+def test_names_that_collide_or_fit_no_file_system_are_refused(tmp_path, case):
+    names, message = HOSTILE_NAMES[case]
+    with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        warnings.simplefilter("ignore")
+        for name in names:
+            file.writestr(name, b"audio")
+    with pytest.raises(ArchiveError, match=f"a.zip: .*{message}"):
+        extract(tmp_path / "a.zip", tmp_path / "out", place=lambda name: name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_members_that_would_come_to_one_place_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("wav/a.wav", b"1")
+        file.writestr("b/a.wav", b"2")
+    with pytest.raises(
+        ArchiveError, match="members 'wav/a.wav' and 'b/a.wav' would be one file; nothing was extracted"
+    ):
+        extract(tmp_path / "a.zip", tmp_path / "out", place=os.path.basename)
+
+
+def test_an_empty_name_and_damaged_deflate_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("b", bytes(range(256)) * 40)
+    data = (tmp_path / "a.zip").read_bytes()
+    at = data.rindex(b"PK\1\2")
+    empty = data[: at + 28] + b"\0\0" + data[at + 30 : at + 46] + data[at + 47 :]
+    (tmp_path / "empty.zip").write_bytes(empty[:-10] + struct.pack("<I", 46) + empty[-6:])
+    with pytest.raises(ArchiveError, match="empty.zip: "):
+        check_members(tmp_path / "empty.zip")
+    broken = bytearray(data)
+    broken[31:60] = b"\xff" * 29
+    (tmp_path / "broken.zip").write_bytes(broken)
+    with pytest.raises(ArchiveError, match="broken.zip: member 'b' is damaged .*download it again"):
+        extract(tmp_path / "broken.zip", tmp_path / "out", place=lambda name: name)
+
+
+def test_300_random_damages_to_a_zip_end_in_one_sentence_or_the_same_files(tmp_path):
+    whole = {f"id{i}/x/{i}.wav": random.Random(i).randbytes(400) + bytes(400) for i in range(5)}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in whole.items():
+            file.writestr(name, content)
+    data, draw = (tmp_path / "a.zip").read_bytes(), random.Random(5)
+    for attempt in range(300):
+        damaged = bytearray(data)
+        for _ in range(draw.choice((1, 1, 8))):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        (tmp_path / "b.zip").write_bytes(damaged[: draw.choice((len(data), draw.randrange(len(data))))])
+        out = tmp_path / f"out{attempt}"
+        with contextlib.suppress(ArchiveError):
+            extract(tmp_path / "b.zip", out, place=lambda name: name, workers=1)
+        for path in out.rglob("*.wav"):
+            assert path.read_bytes() in whole.values()

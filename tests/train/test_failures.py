@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from spknet.errors import UserError
+from spknet.train.metrics_log import read_metrics
 from spknet.train.run_folder import read_state
 from tests.ranks import exit_statuses
 
@@ -169,3 +170,40 @@ def test_a_reader_of_stderr_that_leaves_does_not_end_the_run(options, tmp_path):
     process.stderr.close()
     assert process.wait(120) == 0
     assert read_state(tmp_path)["state"] == "done"
+
+
+def _slow_evaluation(rank: int, words: list[str]) -> int:
+    """spknet.train whose evaluation takes a minute; rank 1 gets SIGTERM two seconds into it."""
+    import threading
+
+    from spknet.evaluate import embed
+    from spknet.train.__main__ import main
+
+    real = embed._read_ahead
+
+    def signal_myself() -> None:
+        Path(os.environ["FAILED_AT"]).write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def slowly(*arguments):
+        if rank == 1:
+            threading.Timer(2, signal_myself).start()
+        for batch in real(*arguments):
+            time.sleep(4)
+            yield batch
+
+    embed._read_ahead = slowly
+    return main(words)
+
+
+def test_a_signal_to_one_rank_stops_a_long_evaluation_and_loses_no_step(options, corpus, tmp_path, monkeypatch):
+    run, signalled_at = tmp_path / "run", tmp_path / "signalled"
+    monkeypatch.setenv("FAILED_AT", str(signalled_at))
+    words = [*options, "--train.max_steps", "2", "--run_dir", str(run), "--eval.batch_seconds", "0.7"]
+    words += ["--eval.trials", f"{corpus}/test_list.txt", "--eval.root", str(corpus)]
+    assert exit_statuses(2, _slow_evaluation, words) == [75, 75]
+    assert time.time() - float(signalled_at.read_text()) < 20  # of the 48 s and more that were left
+    assert read_state(run)["state"] == "requeue" and (run / "checkpoints/step-00000002.pt").exists()
+    assert exit_statuses(2, _patched, "none", -1, words) == [0, 0]
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [(line["step"], "eval" in line) for line in lines] == [(1, False), (2, False), (2, True)]

@@ -4,10 +4,12 @@
 
 A step is forward, backward, the gradients' all-reduce where the head is whole (what DDP does), and SGD with momentum. The
 embeddings are random; there is no network. Each rank is a process with one thread, fresh for each line. Memory is the
-largest resident set during the steps, less that of the process before it made the head. What is expected of it:
+largest resident set during the steps, less that of the process before it made the head; freed blocks go back to the
+system at once (MALLOC_MMAP_THRESHOLD_), so that it is what is in use and not what the allocator keeps. What is expected:
 
-    whole    N (weights + gradients + momentum) and 5 of (B / W, N): cosines, with margin, scaled, and two gradients
-    pieces   N / W (weights + gradients + momentum) and 5 of (B, N / P)
+    whole    N (weights + gradients + momentum), 4 more of (N, D) for normalised weights and their gradient, and 5 of (B / W, N):
+             cosines, with margin, scaled, and two gradients
+    pieces   N / W (weights + gradients + momentum), 4 of (N / P, D), 5 of (B, N / P)
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         "--whole_up_to", type=int, default=0, help="largest ranks x classes of a whole head; 0: no limit"
     )
     chosen = parser.parse_args(argv)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)
     print(f"aamsoftmax, B={chosen.batch}, D={chosen.size}, P={chosen.shards}, float32, SGD with momentum, gloo")
     print(
         "classes    ranks  head     step s  MiB a rank  expected  measured/expected  step, whole/this  MiB, whole/this"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spknet.evaluate import bootstrap, metrics, scoring
+from spknet.evaluate import bootstrap, cohort, metrics, scoring
 
 TRIALS = {"O": 37_720, "O cleaned": 37_611, "E": 581_480, "E cleaned": 579_818, "H": 552_536, "H cleaned": 550_894}
 UTTERANCES = {"O": 4_708, "E": 145_375, "H": 138_137}
@@ -49,13 +49,13 @@ def loop(crops: torch.Tensor, left, right, dimension: int) -> list[float]:
     return scores
 
 
-def crop_scoring(generator, part: int) -> None:
+def crop_scoring(generator, part: int, threads: int) -> None:
     rows = generator.standard_normal((UTTERANCES["O"], 10, DIMENSIONS), dtype=np.float32)
     left, right = pairs("O", generator)
     crops = torch.from_numpy(rows)
     # Length normalisation is part of all of them.
     fast, blocked = min(
-        (timed(lambda: scoring.mean_distance(rows, rows, left, right, normalize=True)) for _ in range(5)),
+        (timed(lambda: scoring.mean_distance(rows, rows, left, right, True, threads)) for _ in range(5)),
         key=lambda pair: pair[0],
     )
     print(f"O, 10 crops, mean distance: {fast:.3f} s")
@@ -68,17 +68,17 @@ def crop_scoring(generator, part: int) -> None:
     assert np.abs(blocked[:part] - scores)[different].max() < 1e-4
 
 
-def cosine_and_as_norm(generator) -> None:
+def cosine_and_as_norm(generator, threads: int) -> None:
     rows = scoring.unit(generator.standard_normal((UTTERANCES["E"], DIMENSIONS), dtype=np.float32))
     for name in TRIALS:
         sides = pairs(name, generator)
-        fast = min(timed(functools.partial(scoring.cosine, rows, rows, *sides))[0] for _ in range(2))
+        fast = min(timed(functools.partial(scoring.cosine, rows, rows, *sides, threads))[0] for _ in range(2))
         print(f"{name}, cosine: {fast:.2f} s")
-    cohort = scoring.unit(generator.standard_normal((COHORT, DIMENSIONS), dtype=np.float32))
+    others = scoring.unit(generator.standard_normal((COHORT, DIMENSIONS), dtype=np.float32))
 
     def normalised(left, right):
-        statistics = scoring.cohort_statistics(rows, cohort, TOP)
-        return scoring.as_norm(scoring.cosine(rows, rows, left, right), statistics, statistics, left, right)
+        statistics = cohort.statistics(rows, others, TOP, threads)
+        return cohort.as_norm(scoring.cosine(rows, rows, left, right, threads), statistics, statistics, left, right)
 
     for times in (1, 10):
         sides = [np.tile(side, times) for side in pairs("E", generator)]
@@ -137,8 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{chosen.threads} threads")
     generator = np.random.default_rng(0)
     parts = {
-        "crops": lambda: crop_scoring(generator, chosen.loop_trials),
-        "cosine": lambda: cosine_and_as_norm(generator),
+        "crops": lambda: crop_scoring(generator, chosen.loop_trials, chosen.threads),
+        "cosine": lambda: cosine_and_as_norm(generator, chosen.threads),
     }
     parts |= {"rates": lambda: error_rates(generator), "bootstrap": lambda: intervals(generator)}
     for name in chosen.only or parts:
