@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from launch import jobs, starts
-from launch.logs import killed_ranks, straggler
+from launch.log_text import killed_ranks, straggler
 from launch.processes import descendants, kill
 from spknet.errors import UserError, run
 from spknet.parallel.nodelist import expand

@@ -8,58 +8,21 @@ RUN/jobs/JOB/JOB_k_log.err and .out are those of node k, RUN/jobs/JOB/ranks/.../
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
 
 from launch.jobs import read_job
+from launch.log_text import plain
 from launch.starts import read_starts
+from launch.status import ACTIVE, statuses
 from spknet.errors import UserError, run
 
-BAR = re.compile(r"\d+%\|.*\|\s*[\d.]+\w*/[\d.]+\w*\s*\[|^\s*\d+step \[")  # tqdm's line
-EMPTY = re.compile(r"\[rank \d+\]")  # torchrun's prefix before a bar's end
-EXIT_CODE = re.compile(r"exitcode\s*:\s*-(\d+)")
-SIGTERM = 15
-BEGINNING = "launch: start of"  # written by each start of a task, whose log all starts append to
 FOLLOW_SECONDS = 0.5
 
 
 class LogError(UserError):
     """There is no such log; the message says what there is."""
-
-
-def plain(text: str) -> list[str]:
-    """Lines without progress bars: of a line that was drawn over, what stood there last."""
-    lines = (line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n"))
-    kept = [line.rstrip() for line in lines if not BAR.search(line) and not EMPTY.fullmatch(line.rstrip())]
-    return kept[:-1] if kept and not kept[-1] else kept
-
-
-def last_life(path: Path) -> str:
-    """What the newest start of the job has written into its log, to which every start appends."""
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return ""
-    return text[max(text.rfind(BEGINNING), 0) :]
-
-
-def killed_ranks(path: Path) -> list[int]:
-    """Signals by which ranks on this node were killed (not TERM, which torchrun sends to the rest), as torchrun reports them."""
-    return [n for n in map(int, EXIT_CODE.findall(last_life(path))) if n != SIGTERM]
-
-
-def straggler(reason: str) -> int | None:
-    """The rank that a stalled run's reason names."""
-    match = re.search(r"rank (\d+) is behind", reason)
-    return int(match[1]) if match else None
-
-
-def error_line(path: Path) -> str:
-    """The run's own last `error: ...` in a log, without the word; empty where there is none."""
-    found = [m[1] for line in plain(last_life(path)) if (m := re.match(r"(?:\[rank \d+\] )?error: (.+)", line))]
-    return found[-1] if found else ""
 
 
 def log_paths(folder: Path, rank: int | None) -> list[Path]:
@@ -118,8 +81,6 @@ def main(argv: list[str] | None = None) -> int:
         lines = plain(path.read_text(errors="replace")) if path.exists() else ["(nothing yet)"]
         print("\n".join(lines[-options.lines :] if options.lines else lines), flush=True)
         if options.follow:
-            from launch.status import ACTIVE, statuses
-
             follow(path, size, lambda: not any(s.state in ACTIVE for s in statuses(options.run)))
     return 0
 

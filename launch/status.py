@@ -23,7 +23,7 @@ import yaml
 
 from launch import jobs
 from launch.jobs import WAITING, breathes, read_json, slurm_jobs
-from launch.logs import killed_ranks, last_life, plain
+from launch.log_text import killed_ranks, last_life, plain
 from launch.starts import newest_checkpoint_step
 from spknet.errors import UserError, run
 from spknet.train.metrics_log import read_metrics

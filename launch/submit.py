@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         checks.writable_folder(run_dir)
         with only_submission(run_dir):
-            queued = submit([task], options, options.name or run_dir.name, run_dir / "jobs", config.data.workers)
+            queued = submit([task], options, run_dir / "jobs", config.data.workers)
         evaluation = submit_evaluation(queued, [task], options, run_dir / "jobs")
     except cluster.UserError as error:
         print(f"launch.submit: {error}", file=sys.stderr)
@@ -102,12 +102,10 @@ def only_submission(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def submit(
-    tasks: list, options: argparse.Namespace, name: str, folder: Path, workers: int, at_once: int = 256, slot: int = 0
-):
+def submit(tasks: list, options: argparse.Namespace, folder: Path, workers: int, at_once: int = 256, slot: int = 0):
     """Queue tasks as one job, or one array of which at most `at_once` run together; submitit's jobs in their order.
 
-    slot: which GPUs of this machine a local job takes. RUN/job.json keeps the job's id and words.
+    folder: RUN/jobs or SWEEP/jobs. slot: which GPUs of this machine a local job takes. RUN/job.json keeps the job's id and words.
     """
     import submitit
 
@@ -118,7 +116,9 @@ def submit(
         executor = executor_of(options, folder)
         wanted = cluster.local_parameters(options, slot)
         if options.executor == "slurm":
-            wanted = cluster.slurm_parameters(options, name, workers, at_once, packed)
+            wanted = cluster.slurm_parameters(
+                options, getattr(options, "name", None) or folder.parent.name, workers, at_once, packed
+            )
             # The submitter's interpreter, outside of any container; TERM must not end the script before it has asked for a requeue.
             batch, runs = (
                 f"{shlex.quote(sys.executable)} -m launch.batch",

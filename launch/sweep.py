@@ -125,7 +125,7 @@ def queue(tasks: list, options: argparse.Namespace, folder: Path, workers: int) 
             from launch.several import Several
 
             tasks = [Several(tasks[i : i + k]) for i in range(0, len(tasks), k)]
-        queued = submit.submit(tasks, options, folder.name, folder / "jobs", workers, max(1, at_once // k))
+        queued = submit.submit(tasks, options, folder / "jobs", workers, max(1, at_once // k))
         submit.submit_evaluation(queued, tasks, options, folder / "jobs")
         return queued
     jobs: list = []
@@ -133,7 +133,7 @@ def queue(tasks: list, options: argparse.Namespace, folder: Path, workers: int) 
     for task in tasks:
         while len(free := [i for i in range(options.at_once) if i not in slots or slots[i].done()]) == 0:
             time.sleep(1)
-        jobs += submit.submit([task], options, folder.name, folder / "jobs", workers, slot=free[0])
+        jobs += submit.submit([task], options, folder / "jobs", workers, slot=free[0])
         slots[free[0]] = jobs[-1]
         if options.executor == "debug":
             submit.wait_in_process(jobs[-1:])

@@ -29,7 +29,7 @@ from pathlib import Path
 from submitit.core.utils import DelayedSubmission, JobPaths, UncompletedJobError
 
 from launch import jobs, starts
-from launch.logs import BEGINNING, error_line
+from launch.log_text import BEGINNING, error_line
 from launch.node import CLOSING_SECONDS, Node
 from launch.processes import descendants, die_with_parent, kill, wait
 from spknet.parallel.nodelist import expand, rendezvous_port

@@ -154,7 +154,8 @@ def write_index(out: Path, contents: Contents) -> None:
 
 def _probe(array: np.ndarray) -> int:
     """CRC-32 of PROBES elements, evenly spread."""
-    chosen = np.linspace(0, len(array) - 1, min(PROBES, len(array))).astype(np.int64)
+    n = min(PROBES, len(array))
+    chosen = np.arange(n) * (len(array) - 1) // max(n - 1, 1)
     return zlib.crc32(np.take(array, chosen).tobytes())
 
 

@@ -50,53 +50,62 @@ class Job:
     skip_bad: bool
 
 
-def pack(
-    entries: Iterable[tuple[str, str, str]],
-    out: str | Path,
-    *,
-    seed: int = 0,
-    shard_bytes: int = 2**30,
-    codec: str = "wav",
-    convert: bool = False,
-    workers: int = 1,
-    append: bool = False,
-    skip_bad: str | Path | None = None,
-    sample_rate: int = 16000,
-    progress: bool = True,
-    task: tuple[int, int] | None = None,
-) -> int:
+@dataclass
+class Options:
+    """How to pack."""
+
+    seed: int = 0  # of the order of speakers and utterances
+    shard_bytes: int = 2**30  # about the size of a tar
+    codec: str = "wav"  # or flac
+    convert: bool = False  # average channels, resample and round what needs it
+    workers: int = 1  # processes
+    append: bool = False  # add to what is packed
+    skip_bad: str | Path | None = (
+        None  # where to list audio that is left out as missing or unreadable; None: it is an error
+    )
+    sample_rate: int = 16000  # Hz
+    progress: bool = True  # a bar on stderr
+    task: tuple[int, int] | None = (
+        None  # (i, n): only the tars i, i + n, ... and no index; parts.merge(out) makes it at the end
+    )
+
+    def settings(self) -> plan.Settings:
+        return plan.Settings(self.sample_rate, self.codec, self.convert, self.seed, self.shard_bytes)
+
+
+def pack(entries: Iterable[tuple[str, str, str]], out: str | Path, **options) -> int:
     """Packs (speaker, key, source) triples into OUT; returns the number of utterances that this call wrote.
 
-    source: a path, `ARCHIVE.zip::member` or `ARCHIVE.tar::member`; codec: wav or flac; sample_rate in Hz.
-    task (i, n): only the tars i, i + n, ... and no index: `parts.merge(out)` makes it when all tasks are done.
-    Raises ShardError on bad names, missing or unreadable audio (unless skip_bad names a file for the list of those),
-    a full disk; running the same call again goes on where it stopped.
+    source: a path, `ARCHIVE.zip::member` or `ARCHIVE.tar::member`; options: the fields of Options.
+    Raises ShardError on bad names, missing or unreadable audio (unless skip_bad is given), a full disk; running the same call
+    again goes on where it stopped.
     """
-    out = Path(out)
-    _check_options(out, codec, sample_rate, shard_bytes, seed)
-    if skip_bad is not None:
-        check_skip_bad(skip_bad, getattr(entries, "path", None))
-    settings = plan.Settings(sample_rate, codec, convert, seed, shard_bytes)
-    listed = plan.make_entries(entries, progress)
+    given, out = Options(**options), Path(out)
+    _check_options(given, out)
+    leave_out, task = given.skip_bad is not None, given.task
+    if leave_out:
+        check_skip_bad(given.skip_bad, getattr(entries, "path", None))
+    listed = plan.make_entries(entries, given.progress)
     with room(out), only_writer(out, shared=task is not None) as alone:
-        settings = parts.generation_to_write(out, listed, settings, append)
-        made = plan.make_plan(listed, out, settings, skip_bad is not None, alone)
+        settings = parts.generation_to_write(out, listed, given.settings(), given.append)
+        made = plan.make_plan(listed, out, settings, leave_out, alone)
         numbers = [s for s in range(made.n_shards) if task is None or s % task[1] == task[0]]
-        todo = [s for s in numbers if not _is_done(out, s, made, skip_bad is not None)]
-        written = _run(_jobs(out, made, todo, skip_bad is not None), _count(made, todo), len(todo), workers, progress)
-        if task is None and (todo or skip_bad is not None or not _is_merged(out, made)):
-            parts.merge(out, skip_bad)
+        todo = [s for s in numbers if not _is_done(out, s, made, leave_out)]
+        written = _run(_jobs(out, made, todo, leave_out), _count(made, todo), len(todo), given.workers, given.progress)
+        if task is None and (todo or leave_out or not _is_merged(out, made)):
+            parts.merge(out, given.skip_bad)
     return written
 
 
-def _check_options(out: Path, codec: str, sample_rate: int, shard_bytes: int, seed: int) -> None:
-    if codec not in format.CODECS:
-        raise ShardError(f"codec {codec!r}: expected wav or flac")
-    if not audio.LOWEST_RATE <= sample_rate <= audio.HIGHEST_RATE:
-        raise ShardError(f"a rate of {sample_rate} Hz: expected {audio.LOWEST_RATE} to {audio.HIGHEST_RATE} Hz")
-    if shard_bytes < 1 or seed < 0:
+def _check_options(given: Options, out: Path) -> None:
+    if given.codec not in format.CODECS:
+        raise ShardError(f"codec {given.codec!r}: expected wav or flac")
+    if not audio.LOWEST_RATE <= given.sample_rate <= audio.HIGHEST_RATE:
+        lowest, highest = audio.LOWEST_RATE, audio.HIGHEST_RATE
+        raise ShardError(f"a rate of {given.sample_rate} Hz: expected {lowest} to {highest} Hz")
+    if given.shard_bytes < 1 or given.seed < 0:
         raise ShardError(
-            f"a tar size of {shard_bytes} bytes, seed {seed}: expected at least 1 byte and a seed from 0 on"
+            f"a tar size of {given.shard_bytes} bytes, seed {given.seed}: expected at least 1 byte and a seed from 0 on"
         )
     if out.exists() and not out.is_dir():
         raise ShardError(f"{out} is a file, expected the folder of a packed data set; give another --out")

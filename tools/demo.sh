@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # From nothing to a trained, evaluated network, on two CPU ranks: `bash tools/demo.sh` with a made corpus, or
-# `bash tools/demo.sh DIR` with DIR/train_list.txt, DIR/test_list.txt and the files they name.
+# `bash tools/demo.sh DIR` with DIR/train_list.txt, DIR/test_list.txt and the files they name. Words behind it are options of
+# the training: `bash tools/demo.sh DIR --train.max_steps 60`.
 # shellcheck source=tools/setup.sh
 source "$(dirname "$0")/setup.sh"
-corpus=${1:-demo/corpus}
+corpus=demo/corpus
 out=demo
-if [ $# -ge 1 ]; then out=demo/$(basename "$(realpath "$corpus")"); fi
+if [ $# -ge 1 ] && [ "${1#--}" = "$1" ]; then
+  corpus=$1
+  out=demo/$(basename "$(realpath "$corpus")")
+  shift
+fi
 steps=${SPKNET_DEMO_STEPS:-180}
-if [ $# -eq 0 ] && [ ! -f "$corpus/test_list.txt" ]; then
+if [ "$corpus" = demo/corpus ] && [ ! -f "$corpus/test_list.txt" ]; then
   python -m tools.synth --out "$corpus"
 fi
 for list in train_list.txt test_list.txt; do
@@ -20,7 +25,7 @@ speakers=$(( speakers < 40 ? speakers / 2 * 2 : 40 ))
 run=$out/run
 export OMP_NUM_THREADS=1
 torchrun --standalone --nproc_per_node 2 -m spknet.train --config small_corpus --data.train_shards "$out/shards" \
-  --data.speakers_per_batch "$speakers" --train.max_steps "$steps" --run_dir "$run"
+  --data.speakers_per_batch "$speakers" --train.max_steps "$steps" --run_dir "$run" "$@"
 torchrun --standalone --nproc_per_node 2 -m spknet.evaluate --checkpoint "$run" --trials "$corpus/test_list.txt" \
   --root "$corpus" --untrained --out "$run/evaluation"
 python -m tools.summary "$run"

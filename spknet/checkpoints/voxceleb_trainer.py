@@ -151,7 +151,8 @@ def fit(module: nn.Module, theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor]
     for name, key in names.items():
         if name not in theirs:
             continue
-        if not same_kind(theirs[name], own[key]):
+        counter = name.endswith("num_batches_tracked")  # a mean of checkpoints makes floats of these
+        if not (counter and isinstance(theirs[name], Tensor)) and not same_kind(theirs[name], own[key]):
             misshapen.append(f"{name} {getattr(theirs[name], 'dtype', type(theirs[name]).__name__)}")
             continue
         value = theirs[name].mT if name == "W" else theirs[name]
@@ -166,8 +167,11 @@ def fit(module: nn.Module, theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def same_kind(value: object, own: Tensor) -> bool:
-    """Whether a file's entry can be taken for an entry of a module: numbers of another width are, complex ones are not."""
-    return isinstance(value, Tensor) and not value.is_complex() and value.is_floating_point() == own.is_floating_point()
+    """Whether a file's entry can be taken for one of a module.
+
+    Numbers of another width can, and counters kept as floats; complex numbers and integers for a weight cannot.
+    """
+    return isinstance(value, Tensor) and not value.is_complex() and value.is_floating_point() >= own.is_floating_point()
 
 
 def load_into(model: nn.Module, loss: nn.Module | None, state: dict, allow_partial: bool = False) -> list[str]:

@@ -184,6 +184,7 @@ def _begin(run: Run, places: list[tuple[str, str]]) -> None:
 
 
 def _end(run: Run, stopped_by: str | None) -> None:
+    run.owner.check()
     step = run.trainer.step
     write_state(run.config.run_dir, "requeue" if stopped_by else "done", step, stopped_by or "", run.owner.token)
     say(f"stopped by {stopped_by} at step {step}" if stopped_by else f"done: {run.config.run_dir}")

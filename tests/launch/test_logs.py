@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import logs
+from launch import log_text, logs
 from launch.status import last_lines
 from spknet.train.run_folder import write_state
 
@@ -76,8 +76,8 @@ def test_log_is_followed_until_the_run_has_ended(run):
 
 def test_signals_that_killed_ranks_of_the_newest_start_are_read_from_its_log(run):
     log = run / "jobs" / "7" / "7_0_log.err"
-    assert logs.killed_ranks(log) == [11]  # TERM is what torchrun sends to the rest
-    assert logs.error_line(log) == "x.tar is missing"
+    assert log_text.killed_ranks(log) == [11]  # TERM is what torchrun sends to the rest
+    assert log_text.error_line(log) == "x.tar is missing"
 
 
 def test_end_of_a_failed_runs_log_is_of_its_newest_start(run):
@@ -87,5 +87,5 @@ def test_end_of_a_failed_runs_log_is_of_its_newest_start(run):
 
 
 def test_rank_that_stalled_is_read_from_the_reason():
-    assert logs.straggler("no step finished within 600 s; rank 13 is behind, last seen at step 4") == 13
-    assert logs.straggler("SIGUSR2") is None
+    assert log_text.straggler("no step finished within 600 s; rank 13 is behind, last seen at step 4") == 13
+    assert log_text.straggler("SIGUSR2") is None
