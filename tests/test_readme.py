@@ -54,7 +54,9 @@ def test_no_page_puts_data_into_the_folders_of_the_packages(page):
 
 @pytest.mark.parametrize("group", COMMANDS)
 def test_the_readme_names_every_command(group):
-    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {group} | `spknet "))
+    row = next(
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {group} | `spknet ")
+    )
     assert re.findall(r"`(?:spknet )?([\w-]+)`", row) == list(COMMANDS[group])
 
 
