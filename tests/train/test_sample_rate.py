@@ -11,6 +11,7 @@ from shards.pack import pack
 from spknet.checkpoints import export
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints.network import load_network
+from spknet.errors import UserError
 from spknet.errors import run as run_command
 from spknet.evaluate import __main__ as evaluation
 from spknet.evaluate import embed, embeddings
