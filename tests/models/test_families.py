@@ -120,7 +120,7 @@ def test_bfloat16_trains_like_float32(name, shared):
     every = crops(shared, 160, 2, 0.5)
     means = {}
     for precision in ("float32", "bf16"):
-        training, losses = Training(task(FAMILIES[name], precision, "aamsoftmax", 160), lr=2e-4), []
+        training, losses = Training(task(FAMILIES[name], precision, "aamsoftmax", 160), lr=1e-4), []
         for step in range(20):  # 8 new speakers in each step
             rows = slice(8 * step, 8 * step + 8)
             losses.append(float(training.step(every[rows], torch.arange(160)[rows])[0]))
