@@ -129,7 +129,7 @@ class _Mono:
             first = self.frames + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
             count = int(np.count_nonzero(~np.isfinite(block)))
             raise ShardError(
-                f"{name}: {count} samples are NaN or infinite, the first at {first}; make the file again, or leave it out"
+                f"{name}: {count} samples are NaN or infinite, the first at {first}; make the file again"
             )
         mono = block.mean(axis=1)
         self.peak = max(self.peak, float(np.abs(block).max(initial=0)))

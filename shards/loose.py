@@ -42,6 +42,7 @@ class LooseUtterances:
         self.sample_rate = sample_rate
         self._listed = read_list(list_path, root)
         self._entries = plan.make_entries(self._listed, progress=True)
+        self.remarks = self._listed.remarks()
         self._keys = self._entries.keys
         self._table = np.empty(len(self._keys), FILE)
         for i in tqdm(range(len(self._keys)), "headers", unit=" files", delay=5):

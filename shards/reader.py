@@ -57,6 +57,7 @@ class PackedUtterances:
         self.speaker_rows: np.ndarray = joined.speaker_rows
         self.samples: np.ndarray = joined.samples
         self.fingerprint: str = joined.fingerprint
+        self.remarks: list[str] = []
         self._first_row = joined.first_row  # (sets + 1,)
         self._order = joined.order  # None, or (N,) the row of the sets laid end to end
         self._first_shard = np.cumsum([0] + [len(i.tars) for i in self._indexes])

@@ -27,6 +27,7 @@ class Utterances(Protocol):
     speaker_rows: np.ndarray
     samples: np.ndarray
     fingerprint: str
+    remarks: list[str]  # what a user should know of how they were found
 
     def __len__(self) -> int: ...
 

@@ -113,7 +113,7 @@ class Corpus:
 
     def warnings(self) -> list[str]:
         """What a user should know about how the data fit the batches."""
-        said = []
+        said = list(self.utterances.remarks)
         s = self.sampler
         if s.too_short:
             said.append(f"{s.too_short} speakers have fewer than {s.n_utterances} utterances and are left out")

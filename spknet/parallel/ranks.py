@@ -15,20 +15,22 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import queue
 import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from spknet.errors import UserError
-from spknet.parallel.nodelist import first_host
+from spknet.parallel.nodelist import first_host, rendezvous_port
 
 PATIENCE = 10.0  # seconds of waiting after which a rank says what it waits for
 GOODBYE = 2.0  # seconds that the store outlives its rank's last words
@@ -94,8 +96,7 @@ def from_environment(environment=os.environ) -> dict[str, int] | None:
     if "SLURM_STEP_ID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         if "MASTER_ADDR" not in environment:
             environment["MASTER_ADDR"] = first_host(environment["SLURM_STEP_NODELIST"])
-        # Below the ephemeral ports (32768 and more), where a client of some other program might sit; as in launch and slurm/.
-        environment.setdefault("MASTER_PORT", str(15000 + int(environment["SLURM_JOB_ID"]) % 15000))
+        environment.setdefault("MASTER_PORT", str(rendezvous_port(environment["SLURM_JOB_ID"])))
         per_node = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]
         return {
             "rank": int(environment["SLURM_PROCID"]),
@@ -158,7 +159,8 @@ def _open_store(where: Meeting) -> dist.Store:
     limit = datetime.timedelta(seconds=where.limit)
     try:
         with _saying(f"waiting for the store of rank 0 at {host}:{port}"):
-            store = dist.TCPStore(host, port, is_master=serves, timeout=limit, wait_for_workers=False)
+            options = {"is_master": serves, "timeout": limit, "wait_for_workers": False}
+            store = _within(where.limit, lambda: dist.TCPStore(host, port, **options))
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if serves and ("EADDRINUSE" in reason or "in use" in reason):
@@ -169,6 +171,26 @@ def _open_store(where: Meeting) -> dist.Store:
             f"no rank 0 at {host}:{port} within {where.limit:g} s; is it running, and is MASTER_ADDR right?"
         ) from None
     return dist.PrefixStore(_attempt(), store)
+
+
+def _within(seconds: float, make: Callable[[], Any]) -> Any:
+    """make(), given up after some seconds: torch waits for ever for another program that listens and never answers."""
+    answers: queue.Queue = queue.Queue()
+
+    def work() -> None:
+        try:
+            answers.put((make(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=work, daemon=True, name="store").start()
+    try:
+        store, error = answers.get(timeout=seconds + GOODBYE)
+    except queue.Empty:
+        raise dist.DistNetworkError("no answer") from None
+    if error is not None:
+        raise error
+    return store
 
 
 def _attempt() -> str:

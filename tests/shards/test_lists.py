@@ -144,6 +144,7 @@ def test_what_a_mac_keeps_beside_files_is_left_out_with_a_count(tmp_path, capsys
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "1 utterances written" in said and "1 files that a Mac keeps beside others (._NAME) left out" in said
+    assert "1 files that a Mac keeps" in open_files(tmp_path / "all.txt", tmp_path).remarks[0]
 
 
 def test_links_are_followed_and_circles_and_dangling_ones_counted(tmp_path, capsys):

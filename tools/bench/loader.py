@@ -31,6 +31,7 @@ from tqdm import tqdm
 from shards import format, index, plan
 from shards.pack import pack
 from shards.reader import Utterances, open_shards
+from spknet.errors import run
 
 RATE = 16000
 CROP = 2 * RATE  # samples
@@ -251,7 +252,8 @@ def synthetic_index(out: Path, n: int, utterances_per_speaker: int = 182) -> Non
     tars = np.zeros(len(counts), format.TAR)
     tars["nsamples"], tars["filesize"] = counts, 2**31
     out.mkdir(parents=True, exist_ok=True)
-    index.write_index(out, rows, keys, tars, plan.Settings())
+    identities = np.zeros(len(counts), "V32")
+    index.write_index(out, index.Contents(rows, keys, tars, identities, plan.Settings(), 0, []))
 
 
 def private_bytes() -> int:
@@ -327,4 +329,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))
