@@ -128,9 +128,7 @@ class _Mono:
         if not np.isfinite(block).all():
             first = self.frames + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
             count = int(np.count_nonzero(~np.isfinite(block)))
-            raise ShardError(
-                f"{name}: {count} samples are NaN or infinite, the first at {first}; make the file again"
-            )
+            raise ShardError(f"{name}: {count} samples are NaN or infinite, the first at {first}; make the file again")
         mono = block.mean(axis=1)
         self.peak = max(self.peak, float(np.abs(block).max(initial=0)))
         self.power += float(np.square(block).mean(axis=1).sum())
