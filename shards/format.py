@@ -173,10 +173,11 @@ def atomic_write(path: str | Path, *, exclusive: bool = False):
             yield file
             file.flush()
             os.fsync(fd)
-        if exclusive:
-            _link(temporary, path)
-        else:
-            os.replace(temporary, path)
+            # Renamed before it is closed: closing ends the lock.
+            if exclusive:
+                _link(temporary, path)
+            else:
+                os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
