@@ -4,7 +4,7 @@
 
 A torchrun that has lost its peers waits for them for minutes: at the rendezvous, or at its end. So it is ended
 
-    5 s after its last worker, once RUN/state.json says `requeue`        5 s after it says `failed`, 10 s after `done`
+    5 s after its last worker, once RUN/state.json says `requeue`        5 s after it says `failed`, 20 s after `done`
     20 s after its last worker, whatever state.json says (a restart takes a second or two)
 """
 
@@ -22,7 +22,7 @@ from launch.processes import adopt_orphans, descendants, die_with_parent, has_en
 from spknet.train.run_folder import read_state
 
 # Seconds until torchrun is ended: without workers, or once the run is over, whatever lives.
-LIMITS = {"running": 20.0, "requeue": 5.0, "failed": 5.0, "done": 10.0}
+LIMITS = {"running": 20.0, "requeue": 5.0, "failed": 5.0, "done": 20.0}
 CLOSING_SECONDS = 5  # for workers to close their files once they have saved
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -68,7 +68,7 @@ class Node:
             worked = worked or bool(workers)
             if workers and state not in ("failed", "done"):
                 since = time.monotonic()
-            limit = LIMITS[state]
+            limit = LIMITS.get(state, CLOSING_SECONDS)
             if (worked or state != "running") and time.monotonic() - since > limit:
                 self._end(state, len(workers))
 

@@ -1,10 +1,10 @@
 """A sweep: many runs that differ in a few options, as one SLURM array, at most K at once.
 
     python -m launch.sweep SWEEP.yaml [--dir runs/NAME] [--at-once K] [--dry-run] [--nodes ... as launch.submit]
-                           [-- --data.train_shards shards/a ... options of every run]
+                           [-- --data.train_shards data/shards/a ... options of every run]
 
     recipe: fast_resnet34_angleproto         a recipe's name or a YAML file; as an axis: recipe.WHAT
-    options: {data.train_shards: shards/a}   options of every run
+    options: {data.train_shards: data/shards/a}   options of every run
     cluster: {gpus-per-node: 4, hours: 24}   as launch.submit's; the command line beats them
     at-once: 8
     grid:                                    every combination of the axes ...

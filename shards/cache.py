@@ -9,7 +9,7 @@ One process of a node copies a tar (flock on the .part file); the others read th
 content is never stale, so several data sets and several runs share a cache. What does not fit under the size limit stays
 at its source; nothing is evicted, since training touches all tars equally often.
 
-Usage: cache = Cache("/local/scratch/spknet", limit_gib=500); path = cache.tar(Path("shards/vox2"), entry)
+Usage: cache = Cache("/local/scratch/spknet", limit_gib=500); path = cache.tar(Path("data/shards/vox2"), entry)
 """
 
 from __future__ import annotations

@@ -42,12 +42,17 @@ def of_system(error: OSError) -> UserError:
     return UserError(f"{' -> '.join(paths)}: {reason}" if paths else reason)
 
 
+def printable(text: str) -> str:
+    """A text that may hold file names of any bytes, as any terminal can show it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """The exit status of main(argv); mistakes of the user are printed in one sentence (status 2; Ctrl-C 130)."""
     try:
         return main(argv) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED

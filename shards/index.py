@@ -13,7 +13,7 @@ Opening costs the check of index.json's own checksum, of every file's size and t
 256 rows and keys, which those of another data set do not have. A row and a key carry a CRC-16 each, checked when they are used, so the
 big files need not be read. Data sets packed before November 2026 have neither identities nor that CRC; they are read without them.
 
-Usage: index = open_index("shards/vox2"); index.rows["samples"].sum()
+Usage: index = open_index("data/shards/vox2"); index.rows["samples"].sum()
 """
 
 from __future__ import annotations

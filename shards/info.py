@@ -1,6 +1,6 @@
 """What a packed data set holds: a small table and two histograms in the terminal.
 
-Usage: python -m shards.info shards/vox2
+Usage: python -m shards.info data/shards/vox2
 """
 
 from __future__ import annotations

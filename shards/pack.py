@@ -4,7 +4,7 @@ Each tar is written by one process under a temporary name, hashed while it is wr
 the commit record, the same way. A tar whose part agrees with the plan and whose size agrees with the part is kept when
 the command runs again. The index is made from the parts (shards.parts.merge), index.json last.
 
-Usage: python -m shards.pack --list train_list.txt --root voxceleb2/dev/wav --out shards/vox2 --workers 8
+Usage: python -m shards.pack --list train_list.txt --root voxceleb2/dev/wav --out data/shards/vox2 --workers 8
        python -m shards.pack ... --task 3/16      (each on its own machine), then: python -m shards.pack --out OUT --merge
 """
 

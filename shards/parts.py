@@ -6,7 +6,7 @@
 
 Everything in index/ is a function of the parts, labels included, so a merge that is killed loses nothing.
 
-Usage: merge(Path("shards/vox2"))
+Usage: merge(Path("data/shards/vox2"))
 """
 
 from __future__ import annotations

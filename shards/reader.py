@@ -5,7 +5,7 @@ never mapped; at most 256 are open in a process, and a forked process opens its 
 its first touch, a row's CRC at every use, the length at every read, the crc32 of the audio when a whole utterance is read. A crop
 of WAV shards cannot be checked against a sum of the whole: `python -m shards.verify` does that.
 
-Usage: utterances = open_shards("shards/vox2"); utterances.read_batch(rows, starts, out)  # out: (len(rows), samples) int16
+Usage: utterances = open_shards("data/shards/vox2"); utterances.read_batch(rows, starts, out)  # (n, samples) int16
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Each tar's sha256 is checked while it is copied. Several processes may stage the same data at once: each tar is copied by one.
 
-Usage: python -m shards.stage shards/vox2 /local/scratch/spknet --limit-gib 500
+Usage: python -m shards.stage data/shards/vox2 /local/scratch/spknet --limit-gib 500
 """
 
 from __future__ import annotations

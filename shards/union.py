@@ -1,6 +1,6 @@
 """Several packed data sets as one: rows laid end to end, speakers told apart by data set or united by name.
 
-Usage: joined = join([open_index("shards/vox1"), open_index("shards/vox2")], unite_speakers=False)
+Usage: joined = join([open_index("data/shards/vox1"), open_index("data/shards/vox2")], unite_speakers=False)
 """
 
 from __future__ import annotations

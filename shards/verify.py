@@ -3,7 +3,7 @@
 Each tar is read once: its sha256 goes over everything, and beside it every member's header, name and crc32 are compared with the index, so that
 a damaged tar names its damaged utterances. Then the index itself, the part files and SHA256SUMS.
 
-Usage: python -m shards.verify shards/vox2 --workers 8     (exit status 1 on any damage)
+Usage: python -m shards.verify data/shards/vox2 --workers 8     (exit status 1 on any damage)
 """
 
 from __future__ import annotations

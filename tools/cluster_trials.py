@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from launch import submit
+from spknet.errors import run
 from spknet.train.metrics_log import read_metrics
 from spknet.train.run_folder import read_state
 
@@ -103,6 +104,10 @@ def command(*args: str) -> str:
     return subprocess.run(args, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def quietly(*args: str) -> None:
+    command(*args)
+
+
 def in_queue(job: str) -> bool:
     return bool(subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout.strip())
 
@@ -163,15 +168,12 @@ def interruptions(sandbox: Path | None) -> dict[str, tuple[list[str], Callable[[
 
     usual = ["--hours", "0.5", "--signal-delay", "60"]
     kinds = {
-        "signal USR2": (usual, lambda job: command("scancel", "--signal=USR2", job) and None),
-        "scontrol requeue": (usual, lambda job: command("scontrol", "requeue", job) and None),
+        "signal USR2": (usual, lambda job: quietly("scancel", "--signal=USR2", job)),
+        "scontrol requeue": (usual, lambda job: quietly("scontrol", "requeue", job)),
         "preemption": (
             [*usual, "--partition", "low"],
-            lambda job: (
-                command(
-                    "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
-                )
-                and None
+            lambda job: quietly(
+                "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
             ),
         ),
         "time limit of a minute": (["--hours", "0.0167", "--signal-delay", "10"], None),
@@ -303,4 +305,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -1,6 +1,6 @@
 """The same run on 1, 2 and 4 ranks, beside the way of prototypes local to a rank: the tables of docs/exactness.md.
 
-    python -m tools.exactness --shards shards/speech --trials speech/test_list.txt --root speech
+    python -m tools.exactness --shards data/shards/speech --trials speech/test_list.txt --root speech
 
 Runs spknet.train under torchrun over gloo: a few steps in float64 and in float32, then a longer float32 run as spknet does it
 and as `local`: each rank scores its own speakers only, BatchNorm sees its own rows only, as voxceleb_trainer under DDP.

@@ -30,6 +30,7 @@ from shards import errors
 from shards.format import atomic_write, remove_leftovers
 from shards.pack import pack
 from spknet import rng
+from spknet.errors import run
 from tools.voxceleb.download import Access, fetch_all
 from tools.voxceleb.extract import ArchiveError, check_members, name_problem
 from tools.voxceleb.files import read_checksums
@@ -203,4 +204,4 @@ def _main(argv: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

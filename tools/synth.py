@@ -21,6 +21,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import wave
 from functools import partial
@@ -30,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from shards.format import atomic_write
+from spknet.errors import run
 
 RATE = 16000  # Hz
 HOP, WINDOW, FFT = 256, 512, 1024  # samples
@@ -225,7 +227,7 @@ def make_corpus(options: argparse.Namespace) -> None:
         return
     speakers = options.train_speakers + options.test_speakers
     items = list(itertools.product(range(speakers), range(options.utterances)))
-    with multiprocessing.Pool(options.workers) as pool:
+    with multiprocessing.Pool(options.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         work = pool.imap_unordered(partial(write_utterance, options=options), items, chunksize=8)
         for _ in tqdm(work, total=len(items), unit="file", desc="corpus", mininterval=0.5):
             pass
@@ -260,4 +262,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -21,6 +21,7 @@ from spknet.checkpoints.file import CheckpointError
 from spknet.checkpoints.network import load_network
 from spknet.checkpoints.voxceleb_trainer import to_legacy
 from spknet.config import Config, ConfigError
+from spknet.errors import run
 from spknet.losses import build_loss
 
 # Encoders that voxceleb_trainer's networks have.
@@ -42,6 +43,8 @@ def voxceleb_trainer(path: str | Path, weights: str | None = None) -> tuple[dict
     """
     model, config, meta = load_network(path, weights=weights)
     chosen = config.model
+    if chosen.name not in THEIR_ENCODERS:
+        raise ConfigError(f"{path} holds a {chosen.name}; voxceleb_trainer has {', '.join(THEIR_ENCODERS)}")
     if model.sample_rate != 16000:
         raise ConfigError(f"{path} is of a network for {model.sample_rate} Hz; voxceleb_trainer takes 16000 Hz only")
     if config.features.name != "auto":
@@ -84,4 +87,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

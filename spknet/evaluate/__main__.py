@@ -80,8 +80,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--no_pictures", action="store_true", help="no report.html, no pictures but det.png")
     add("--tensorboard", help="folder to write the figures and pictures to as well")
     chosen = parser.parse_args(argv)
-    for name in ("untrained", "subtract_mean", "calibrate", "keep_embeddings", "no_pictures"):
-        setattr(chosen, name, getattr(chosen, name, False))
     if bool(chosen.checkpoint) == bool(chosen.embeddings):
         parser.error("give --checkpoint RUN_OR_FILE, or --embeddings FOLDER to score again; one of the two")
     if chosen.untrained and chosen.embeddings:

@@ -14,17 +14,20 @@ from pathlib import Path
 from spknet.errors import UserError
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """The defaults, where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, with the first line of a docstring as description and the defaults in the help."""
+    """argparse, with the first paragraph of a docstring as description and the defaults in the help."""
 
     def __init__(self, prog: str, doc: str):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(prog=prog, description=doc.splitlines()[0], formatter_class=formatter)
-
-    def add(self, *names: str, **options) -> None:
-        if "default" not in options and not options.get("required"):
-            options["default"] = argparse.SUPPRESS if options.get("action") else None
-        self.add_argument(*names, **({"help": " "} | options))
+        super().__init__(prog=prog, description=doc.split("\n\n")[0], formatter_class=_Help)
+        self.add = self.add_argument
 
 
 def at_least(low: float, above: bool = False):

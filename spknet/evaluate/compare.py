@@ -177,9 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         "reports", nargs="+", help="runs, folders of evaluations, or report.json; the first is the base"
     )
     parser.add("--out", help="folder for compare.json and a DET picture of each list")
-    parser.add(
-        "--every_system", action="store_true", default=False, help="all systems of each report, not only its last"
-    )
+    parser.add("--every_system", action="store_true", help="all systems of each report, not only its last")
     parser.add("--bootstrap", type=at_least(1), default=bootstrap.REPLICATES, help="replicates of the intervals")
     parser.add("--utt2spk", help="list `utterance speaker`, where names do not begin with the speaker")
     chosen = parser.parse_args(argv)

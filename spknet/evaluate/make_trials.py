@@ -191,12 +191,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--run", help="a run: its training speakers are not used, those it kept out (data.dev_speakers) are")
     add("--speakers", help="file of the speakers to use, one a line")
     add("--exclude", help="file or training list whose first column names speakers not to use")
-    add("--all_speakers", action="store_true", default=False, help="no network was or will be trained on them")
+    add("--all_speakers", action="store_true", help="no network was or will be trained on them")
     add("--targets", type=at_least(1), default=50, help="most target trials of a speaker")
     add("--nontargets", type=at_least(1), default=50, help="most non-target trials that a speaker begins")
-    add(
-        "--same_session", action="store_true", default=False, help="targets from one session, too (tests the recording)"
-    )
+    add("--same_session", action="store_true", help="targets from one session, too (tests the recording)")
     add("--impostors", choices=("random", "same-gender", "hard"), default="random", help="who non-targets are")
     add("--metadata", help="CSV with a gender column")
     add("--gender_column", default="gender", help="its name")

@@ -133,7 +133,7 @@ def made(argv: list[str] | None = None) -> dict[str, str]:
         revision = shown.stdout.strip() if tracked.returncode == 0 else ""
     except OSError:
         revision = ""
-    command = shlex.join(sys.argv if argv is None else ["spknet", "evaluate", *argv])
+    command = shlex.join(["spknet", "evaluate", *(sys.argv[1:] if argv is None else argv)])
     return {"date": time.strftime("%Y-%m-%d %H:%M %Z"), "command": command, "revision": revision or "unknown"}
 
 

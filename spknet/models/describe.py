@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from spknet.config import Config, ConfigError, FeaturesConfig, ModelConfig
+from spknet.errors import run
 from spknet.models import MODELS, build_model
 from spknet.models.front_ends import resolve
 from spknet.models.network import Network
@@ -197,4 +198,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

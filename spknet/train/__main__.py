@@ -1,6 +1,6 @@
 """`python -m spknet.train`: from the command line to an exit status. Training itself is spknet/train/trainer.py.
 
-    python -m spknet.train --config fast_resnet34_angleproto --data.train_shards shards/vox2 --run_dir runs/a
+    python -m spknet.train --config fast_resnet34_angleproto --data.train_shards data/shards/vox2 --run_dir runs/a
     torchrun --nproc_per_node 8 -m spknet.train --config ...        the same run on 8 GPUs
     srun --ntasks-per-node 8 python -m spknet.train --config ...    the same run, one task a GPU
 

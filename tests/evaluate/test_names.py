@@ -8,7 +8,7 @@ import pytest
 
 from spknet import errors
 from spknet.evaluate import __main__ as command
-from spknet.evaluate import compare, evaluation, make_trials
+from spknet.evaluate import compare, embed, evaluation, make_trials
 from spknet.evaluate.report import write_scores
 from spknet.evaluate.scoring import Embedded
 from spknet.evaluate.trials import TrialError, names_in, read_enrolment, read_speakers, read_trials, speakers
@@ -217,8 +217,6 @@ def test_senseless_values_of_trials_are_refused(words, capsys):
 
 
 def test_a_place_that_cannot_be_written_is_noticed_before_extraction(run_dir, corpus, tmp_path, capsys, monkeypatch):  # noqa: F811
-    from spknet.evaluate import embed
-
     monkeypatch.setattr(embed, "plan", lambda *_: pytest.fail("extraction began"))
     (tmp_path / "file").write_text("")
     base = ["--checkpoint", run_dir, "--trials", corpus / "test_list.txt", "--root", corpus, "--device", "cpu"]
@@ -231,3 +229,13 @@ def test_a_place_that_cannot_be_written_is_noticed_before_extraction(run_dir, co
     ):
         assert errors.run(command.main, [*map(str, base), *map(str, words)]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [command.main, make_trials.main, compare.main, embed.main])
+def test_help_says_what_each_option_means_and_its_default(main, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert left.value.code == 0 and "default: " in said and "default: None" not in said
+    if main is make_trials.main:
+        assert "(default: 0)" in said and "(default: 50)" in said

@@ -231,7 +231,8 @@ def page(folder: Path) -> str:
             lines.append(f"| {name} | {plain} | {'the same' if plain == converted else converted} |")
         lines.append("")
     lines += [
-        "Recordings may have up to four hours and 2 GiB; a zip member that inflates more than 100 times, beyond 64 MiB, is refused.",
+        "Recordings may have up to four hours and 2 GiB; a zip member that inflates more than 100 times, beyond 64 MiB, is",
+        "refused.",
         "",
     ]
     for title, rows in LISTS.items():

@@ -11,6 +11,7 @@ from shards.pack import pack
 from spknet.checkpoints import export
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints.network import load_network
+from spknet.errors import UserError
 from spknet.errors import run as run_command
 from spknet.evaluate import __main__ as evaluation
 from spknet.evaluate import embed, embeddings
@@ -76,12 +77,12 @@ def test_8_khz_is_trained_and_evaluated_at_8_khz(network, telephone, tmp_path):
     assert evaluation.main(["--checkpoint", str(run), "--out", str(out), "--keep_embeddings", "--threads", "1"]) == 0
     after = json.loads((out / "report.json").read_text())
     assert after["lists"][0]["systems"] == during["lists"][0]["systems"]
-    kept, _, facts = embeddings.load(out)
-    assert kept.sample_rate == facts["sample_rate"] == 8000 and (kept.samples == 8000).all()
+    kept, _, _ = embeddings.load(out)
+    assert kept.sample_rate == 8000 and (kept.samples == 8000).all()
 
     told = ["--list", f"{telephone}/train_list.txt", "--root", str(telephone), "--out", str(tmp_path / "vectors")]
     assert embed.main(["--checkpoint", str(run), *told, "--threads", "1"]) == 0
-    vectors, _, facts = embeddings.load(tmp_path / "vectors")
+    vectors, _, _ = embeddings.load(tmp_path / "vectors")
     wave, _ = soundfile.read(telephone / "id00000/0.wav", dtype="float32")
     with torch.no_grad():
         own = model(torch.from_numpy(wave)[None])
@@ -117,9 +118,21 @@ def test_rates_that_do_not_fit_are_refused(telephone, corpus, tmp_path, capfd):
     wide = ["--model.width", "0.25", "--data.train_shards", f"{corpus}/shards", "--train.initial_model", run]
     assert main(words(corpus, tmp_path / "b", *wide)) == 2
     assert "is of a network for 8000 Hz, the training data have 16000 Hz" in capfd.readouterr().err
+    assert main([*words(corpus, tmp_path / "wide", *wide[:4]), "--eval.trials", "null"]) == 0
+    lower = ["--trials", f"{telephone}/test_list.txt", "--root", str(telephone), "--out", str(tmp_path / "lower")]
+    with pytest.raises(UserError, match="8000 Hz, expected 16000 Hz or more"):
+        evaluation.main(["--checkpoint", str(tmp_path / "wide"), *lower])
     export_words = ["--checkpoint", run, "--to", "voxceleb_trainer", "--out", str(tmp_path / "x.model")]
     assert export.main(export_words) == 2
     assert "for 8000 Hz; voxceleb_trainer takes 16000 Hz only" in capfd.readouterr().err
+
+
+def test_networks_that_voxceleb_trainer_lacks_are_not_exported_to_it(corpus, tmp_path, capfd):
+    packed = ["--model.name", "ResNet18", "--model.width", "0.25", "--data.train_shards", f"{corpus}/shards"]
+    assert main([*words(corpus, tmp_path / "run", *packed), "--eval.trials", "null"]) == 0
+    out = ["--to", "voxceleb_trainer", "--out", str(tmp_path / "x.model")]
+    assert export.main(["--checkpoint", str(tmp_path / "run"), *out]) == 2
+    assert "holds a ResNet18; voxceleb_trainer has ResNetSE34, " in capfd.readouterr().err
 
 
 def test_checkpoints_that_do_not_say_their_rate_tell_it_by_their_window(telephone, tmp_path):

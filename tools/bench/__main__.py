@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from spknet.errors import run
+
 BENCHMARKS = {
     "loader": "tools.bench.loader",
     "augment": "tools.bench.augment",
@@ -25,4 +27,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -15,6 +15,7 @@ import argparse
 import os
 import socket
 import statistics
+import sys
 import time
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import nn
 from spknet import rng
 from spknet.config import LossConfig, ModelConfig
 from spknet.data.sampler import Sampler
+from spknet.errors import run
 from spknet.losses import build_loss
 from spknet.models import build_model
 from spknet.parallel.batchnorm import GlobalBatchNorm, globalize
@@ -151,4 +153,4 @@ def report(chosen, me: Ranks, exact: SpeakerTask, seconds: dict, counted: dict) 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run(main))

@@ -65,7 +65,7 @@ def compare(chosen: argparse.Namespace, classes: int, world: int) -> None:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        torch.multiprocessing.spawn(_rank, (chosen, classes, world, way, port, queue), nprocs=world)
+        torch.multiprocessing.spawn(_rank, (chosen, (classes, world, way), port, queue), nprocs=world)
         told = [queue.get() for _ in range(world)]
         results[way] = max(seconds for seconds, _ in told), max(memory for _, memory in told)
         seconds, memory = results[way]
@@ -80,16 +80,16 @@ def expectation(chosen: argparse.Namespace, classes: int, world: int, way: str) 
     """Bytes that a rank needs, as said at the top; in a sample, momentum of all rows and the rest of the sample."""
     b, d, piece = chosen.batch, chosen.size, classes / chosen.shards
     if way == "whole":
-        return 4 * (3 * classes * d + BLOCKS * b / world * classes)
+        return 4 * (7 * classes * d + BLOCKS * b / world * classes)
+    buffers = 4 * piece * d + BLOCKS * b * piece
     if way == "pieces":
-        return 4 * (3 * classes / world * d + BLOCKS * b * piece)
+        return 4 * (3 * classes / world * d + buffers)
     # weights and momentum of all rows; of the sampled ones, weights, gradients and momentum once more; when each was seen
-    return (
-        4 * ((2 + 3 * chosen.sample) * classes / world * d + BLOCKS * b * piece * chosen.sample) + 8 * classes / world
-    )
+    return 4 * ((2 + 3 * chosen.sample) * classes / world * d + buffers * chosen.sample) + 8 * classes / world
 
 
-def _rank(rank: int, chosen, classes: int, world: int, way: str, port: int, queue) -> None:
+def _rank(rank: int, chosen, case: tuple[int, int, str], port: int, queue) -> None:
+    classes, world, way = case
     if world > 1:
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")

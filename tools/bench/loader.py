@@ -31,6 +31,7 @@ from tqdm import tqdm
 from shards import format, index, plan
 from shards.pack import pack
 from shards.reader import Utterances, open_shards
+from spknet.errors import run
 
 RATE = 16000
 CROP = 2 * RATE  # samples
@@ -328,4 +329,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from spknet.config import ConfigError, ModelConfig
+from spknet.errors import run
 from spknet.models import MODELS, build_model
 
 BASELINE = "ResNetSE34L"
@@ -148,4 +149,4 @@ def resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -1,0 +1,140 @@
+"""Every command with wrong input: one sentence, exit status 2, no traceback, nothing half-written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spknet import cli
+from spknet.cli import COMMANDS
+from tests.conftest import write_corpus
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = [name for group in COMMANDS.values() for name in group]
+
+# Of each command: its words, with IN where a file or folder that it reads stands, and OUT for what it writes.
+READS = {
+    "lists": ["--root", "CORPUS", "--csv", "IN", "--out", "OUT"],
+    "pack": ["--list", "IN", "--root", "CORPUS", "--out", "OUT"],
+    "verify": ["IN"],
+    "stats": ["IN"],
+    "stage": ["IN", "OUT"],
+    "train": ["--data.train_list", "IN", "--data.train_root", "CORPUS", "--run_dir", "OUT"],
+    "export": ["--checkpoint", "IN", "--to", "voxceleb_trainer", "--out", "OUT"],
+    "trials": ["--list", "IN", "--all_speakers", "--out", "OUT"],
+    "evaluate": ["--checkpoint", "IN", "--trials", "CORPUS/test_list.txt", "--root", "CORPUS", "--out", "OUT"],
+    "embed": ["--checkpoint", "IN", "--list", "CORPUS/train_list.txt", "--root", "CORPUS", "--out", "OUT"],
+    "compare": ["IN", "IN"],
+    "sweep": ["IN", "--dry-run"],
+    "status": ["IN"],
+    "results": ["IN"],
+    "logs": ["IN"],
+    "cancel": ["IN"],
+    "resubmit": ["IN"],
+    "submit": ["--executor", "local", "--", "--config", "IN", "--run_dir", "OUT"],
+}
+NO_INPUT = {"musan", "voxceleb", "synth", "recipes", "info", "voxceleb-trainer"}  # downloads, or nothing to read
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A small corpus, and inputs that are no good."""
+    folder = tmp_path_factory.mktemp("wrong")
+    write_corpus(folder / "corpus", speakers=2, utterances=2)
+    (folder / "folder").mkdir()
+    (folder / "empty").write_text("")
+    (folder / "latin1").write_bytes("Müller a.wav\n".encode("latin-1"))
+    (folder / "page").write_text("<!DOCTYPE html><html><body>404</body></html>\n")
+    return folder
+
+
+def words_of(name: str, files: Path, given: str, out: Path) -> list[str]:
+    places = {"IN": given, "OUT": str(out)}
+    return [places.get(word, word.replace("CORPUS", str(files / "corpus"))) for word in READS[name]]
+
+
+def told(capsys, words: list[str]) -> tuple[int, str]:
+    """Exit status and stderr of the command in this process."""
+    capsys.readouterr()
+    try:
+        status = cli.main(words)
+    except SystemExit as left:  # argparse's own way out
+        status = left.code
+    return status, capsys.readouterr().err
+
+
+def test_each_command_is_walked_over():
+    assert set(READS) | NO_INPUT == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_says_what_a_command_is_for(name, capsys):
+    try:
+        status = cli.main([name, "--help"])
+    except SystemExit as left:
+        status = left.code
+    said = capsys.readouterr().out
+    assert status == 0 and len(said) > 100 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "folder", "empty", "latin1", "page"])
+@pytest.mark.parametrize("name", sorted(READS))
+def test_wrong_input_is_one_sentence_and_writes_nothing(name, kind, files, tmp_path, capsys):
+    out = tmp_path / "out"
+    status, said = told(capsys, [name, *words_of(name, files, str(files / kind), out)])
+    if kind == "folder" and name in ("status", "results", "cancel", "resubmit") and status == 0:
+        return  # a folder without runs is what they may be given
+    if name == "verify":  # what is no data set is a damaged one: status 1, told with the damage
+        assert status == 1 and "Traceback" not in said
+        return
+    assert status == 2, said
+    lines = [line for line in said.splitlines() if line.strip() and not line.startswith(("usage:", "  "))]
+    assert "Traceback" not in said and 1 <= len(lines) <= 2, said
+    assert name == "train" or not out.exists() or not any(p.is_file() for p in out.rglob("*")), list(out.rglob("*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a root-only file system is mounted")
+@pytest.mark.parametrize("name", ["lists", "pack", "trials", "synth"])
+def test_a_read_only_target_is_named(name, files, tmp_path, capsys):
+    good = {
+        "lists": ["--root", str(files / "corpus"), "--pattern", "{speaker}/*/*.wav"],
+        "pack": ["--list", str(files / "corpus/train_list.txt"), "--root", str(files / "corpus")],
+        "trials": ["--list", str(files / "corpus/train_list.txt"), "--all_speakers"],
+        "synth": ["--train-speakers", "2", "--test-speakers", "2"],
+    }[name]
+    target = tmp_path / "read_only"
+    target.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(target)], check=True)
+    try:
+        status, said = told(capsys, [name, *good, "--out", str(target / "out")])
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+    assert status == 2 and "read-only" in said.lower() and "Traceback" not in said
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert told(capsys, ["evalute"]) == (2, "error: unknown command 'evalute'; did you mean evaluate?\n")
+
+
+def test_version_and_module(capsys):
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.startswith("spknet 0.")
+    done = subprocess.run([sys.executable, "-m", "spknet", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("spknet 0.")
+
+
+def test_ctrl_c_leaves_with_130_and_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "tools.synth", "--out", str(tmp_path / "made"), "--train-speakers", "2000"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "made").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in said, said
