@@ -166,22 +166,33 @@ def atomic_write(path: str | Path, *, exclusive: bool = False):
     locked (flock), so that nobody takes it for such a leftover.
     """
     path = Path(path)
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    fd, temporary = _temporary(path)
     try:
         with open(fd, "wb") as file:
-            lock(fd)
             os.fchmod(fd, 0o666 & ~_umask())
             yield file
             file.flush()
             os.fsync(fd)
-        if exclusive:
-            _link(temporary, path)
-        else:
-            os.replace(temporary, path)
+            # Renamed before it is closed: closing ends the lock.
+            if exclusive:
+                _link(temporary, path)
+            else:
+                os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
     _sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """A new locked file beside path. One that remove_leftovers of another process took, before it was locked, is made again."""
+    while True:
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        if lock(fd) and os.fstat(fd).st_nlink:
+            return fd, temporary
+        os.close(fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def _link(temporary: str, path: Path) -> None:
