@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00001200.pt = {"format": "spknet checkpoint 1", "step", "epoch", "config", "model", "loss",
         "averaging", "optimizer", "scheduler", "scaler", "speakers", "labels", "data_fingerprint", "versions", "facts",
         "window", "best", "seconds", "sample_rate",
-        "head": the index of a head in pieces (spknet.checkpoints.head), whose rows lie beside it in a folder}
+        "head": the index of a head in pieces (spknet.checkpoints.pieces), whose rows lie beside it in a folder}
 
 Written to a temporary name, synced, renamed: a file under its final name is whole. `torch.load(weights_only=True)` reads it. It
 is a zip archive whose comment holds the CRC-32 of all bytes before it, its seal: torch does not look at all of its own sums, and
@@ -47,7 +47,7 @@ class CheckpointError(UserError):
 
 
 def folder_of(path: str | Path) -> Path:
-    """Where the rows of a head in pieces lie that belongs to a checkpoint file (spknet.checkpoints.head)."""
+    """Where the rows of a head in pieces lie that belongs to a checkpoint file (spknet.checkpoints.pieces)."""
     return Path(path).with_suffix("")
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from spknet.checkpoints import file as checkpoint
-from spknet.checkpoints import head
+from spknet.checkpoints import pieces as head
 from spknet.checkpoints.averages import with_averages
 from spknet.checkpoints.file import CheckpointError
-from spknet.checkpoints.heads import kept, load_head_by_speaker
+from spknet.checkpoints.head_rows import kept, load_head_by_speaker
 from spknet.config import ModelConfig
 from spknet.losses.classification import Classifier
 from spknet.losses.sharded import Sharded

@@ -129,7 +129,8 @@ class Watchdog:
                 said = f"rank {self.me.rank} has not reached the other ranks ({host}:{port}) for {self.limit:g} s"
                 self._leave(Failure(said + "; the network between them is cut", REQUEUE, self.me.rank), tell=False)
             elif self.since is not None and now - self.since > self.limit:
-                self._leave(Failure(self._stalled(), 1, self.me.rank), tell=True)
+                # A machine that stalls is no fault of the run: the launcher starts it again, and blames the node.
+                self._leave(Failure(self._stalled(), REQUEUE, self.me.rank), tell=True)
 
     def _leave(self, failure: Failure, tell: bool) -> None:
         with self.leaving:

@@ -197,5 +197,6 @@ def _device_name(me: Ranks) -> str:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    if status:
-        os._exit(status)  # with a collective under way, the interpreter's own end might wait for ever
+    sys.stderr.flush()
+    # The interpreter's own end would wait for a collective that is under way, and gloo's threads may abort it.
+    os._exit(status)

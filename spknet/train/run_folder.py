@@ -155,20 +155,27 @@ def carries_on(run_dir: str | Path) -> bool:
     )
 
 
-def set_aside(owner: Owner) -> list[str]:
-    """Moves what an earlier run left in the folder to RUN/before-1 (2, ...), when one is begun anew there: the next start would
-    go on from its checkpoints. Returns what there is to say.
+def set_aside(owner: Owner, keep: Path | None = None) -> list[str]:
+    """Moves what an earlier run left in the folder to RUN/before-1 (2, ...), where this start does not go on from its newest
+    checkpoint: the next start would take that one for its own. Returns what there is to say.
+
+    keep: the checkpoint of this folder that is gone on from; it stays, with its rows, the logs and the evaluations.
     """
     owner.check()
     folder = owner.run_dir
-    if not any((folder / "checkpoints").glob("step-*")):
+    paths = [path for path in (folder / "checkpoints").glob("step-*") if keep is None or path.stem != keep.stem]
+    if not paths:
         return []
+    if keep is None:
+        logs = [folder / name for name in ("metrics.jsonl", "tensorboard", "eval", "profile")]
+        paths += [path for path in logs if path.exists()]
     aside = _unused(folder, "before-")
-    aside.mkdir()
-    for name in ("checkpoints", "metrics.jsonl", "tensorboard", "eval", "profile"):
-        if (folder / name).exists():
-            os.replace(folder / name, aside / name)
-    return [f"begun anew in {folder}; what stood there is kept in {aside}"]
+    for path in paths:
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    what = "begun anew" if keep is None else f"gone on from {keep.name}"
+    return [f"{what} in {folder}; what stood there is kept in {aside}"]
 
 
 def _unused(folder: Path, prefix: str) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from spknet.checkpoints import file as checkpoint
-from spknet.checkpoints import head as pieces
+from spknet.checkpoints import pieces
 from spknet.data.batches import Batch, Batches
 from spknet.evaluate import evaluation
 from spknet.losses.sharded import Sharded

@@ -20,9 +20,8 @@ import torch
 from spknet import config as configuration
 from spknet import rng
 from spknet.checkpoints import file as checkpoint
-from spknet.checkpoints import head as pieces
-from spknet.checkpoints import voxceleb_trainer
-from spknet.checkpoints.heads import load_head_by_speaker
+from spknet.checkpoints import pieces, voxceleb_trainer
+from spknet.checkpoints.head_rows import load_head_by_speaker
 from spknet.checkpoints.resume import check_resume, load_optimizer
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches

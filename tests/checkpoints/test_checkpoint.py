@@ -6,7 +6,7 @@ import torch
 from spknet import config
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints.file import CheckpointError
-from spknet.checkpoints.heads import load_head_by_speaker
+from spknet.checkpoints.head_rows import load_head_by_speaker
 from spknet.checkpoints.network import load_network
 from spknet.checkpoints.resume import changed_options
 from spknet.config import LossConfig

@@ -2,7 +2,7 @@
 
 import torch
 
-from spknet.checkpoints.heads import load_head_by_speaker
+from spknet.checkpoints.head_rows import load_head_by_speaker
 from spknet.config import Config, from_dict, to_dict
 from spknet.losses import build_loss
 
