@@ -112,6 +112,8 @@ class Cache:
             except BlockingIOError:
                 return False
             if _is_checked(path, entry["filesize"]):
+                if _same_file(fd, part):  # made anew after the copy had been renamed
+                    part.unlink()
                 return True
             if not _same_file(fd, part):  # whoever held the lock has renamed or removed it
                 return self.copy(source, entry, progress, block)

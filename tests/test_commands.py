@@ -128,8 +128,10 @@ def test_version_and_module(capsys):
 
 def test_ctrl_c_leaves_with_130_and_without_a_traceback(tmp_path):
     command = [sys.executable, "-m", "tools.synth", "--out", str(tmp_path / "made"), "--train-speakers", "2000"]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True, "start_new_session": True}
+    # A shell's background job, as these tests may be, has the signal ignored.
     process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+        command, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **pipes
     )
     end = time.monotonic() + 60
     while not (tmp_path / "made").exists() and time.monotonic() < end:

@@ -101,7 +101,7 @@ def run_python(code: str, **environment) -> subprocess.CompletedProcess:
 
 
 def test_missing_submitit_is_an_error_with_the_command_that_installs_it(tmp_path):
-    code = f"import sys; sys.modules['submitit'] = None\nfrom launch.submit import main\nmain(['--skip-data-check', '--', '--run_dir', {str(tmp_path)!r}])"
+    code = f"import sys; sys.modules['submitit'] = None\nfrom launch.submit import main\nmain(['--executor', 'local', '--skip-data-check', '--', '--run_dir', {str(tmp_path)!r}])"
     assert "submitit is not installed; `pip install 'spknet[launch]'`" in run_python(code).stderr
 
 

@@ -11,8 +11,16 @@ import pytest
 from spknet.train.signals import StopSignals
 
 
+@pytest.fixture
+def hears_hangups():
+    """SIGHUP as it is without nohup, under which the tests themselves may run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT"])
-def test_signals_are_remembered_once(name):
+def test_signals_are_remembered_once(name, hears_hangups):
     before = signal.getsignal(getattr(signal, name))
     with StopSignals() as stop:
         os.kill(os.getpid(), getattr(signal, name))
@@ -38,6 +46,10 @@ def test_a_second_interrupt_leaves_at_once_but_not_the_echo_of_the_first():
     assert child.wait(10) == 130
 
 
+def _hears_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def waiting(*before):
     """A process that says `ready`, waits for a signal, says its name, and ends after the block."""
     script = (
@@ -46,7 +58,9 @@ def waiting(*before):
         " while stop.received is None: time.sleep(0.01)\n print(stop.received, flush=True)\n time.sleep(0.5)\n"
         "print('saved', flush=True)\ntime.sleep(60)"
     )
-    child = subprocess.Popen([*before, sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    command = [*before, sys.executable, "-c", script]
+    # The tests themselves may run under nohup.
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_hears_hangups)
     assert child.stdout.readline() == "ready\n"
     return child
 
