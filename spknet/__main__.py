@@ -1,7 +1,5 @@
 """`python -m spknet` is the `spknet` command."""
 
-import sys
+from spknet.cli import start
 
-from spknet.cli import main
-
-sys.exit(main())
+start()

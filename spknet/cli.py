@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from importlib import metadata
 
@@ -69,5 +70,15 @@ def main(argv: list[str] | None = None) -> int:
     return run(importlib.import_module(modules[argv[0]]).main, argv[1:])
 
 
+def start() -> None:
+    """The console script. After a training, the interpreter's own end might wait for a collective that is under way."""
+    status = main()
+    if sys.argv[1:2] in (["train"], ["voxceleb-trainer"]):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

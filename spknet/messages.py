@@ -57,7 +57,7 @@ class _Handler(logging.StreamHandler):
 
 def _first(_record: logging.LogRecord) -> bool:
     # Every rank has the same to say; what one alone knows it raises.
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0) == 0
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) in ("0", "")
 
 
 if not log.handlers:

@@ -74,6 +74,8 @@ def save(
             dump({"format": FORMAT, **state}, file)
             check()
     except (OSError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):  # torch raises that wherever the program is
+            raise
         raise CheckpointError(_unwritten(path, error)) from error
     for old in steps(run_dir)[keep:] if keep > 0 else []:
         if old not in (state["step"], best_step):

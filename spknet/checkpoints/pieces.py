@@ -28,6 +28,7 @@ import torch
 
 from shards.format import atomic_write
 from spknet.checkpoints.file import CheckpointError, dump, folder_of, read
+from spknet.checkpoints.resume import load_optimizer
 from spknet.losses.sharded import Piece, Sharded
 from spknet.parallel.ranks import here
 from spknet.parallel.together import gather_objects, together
@@ -54,6 +55,8 @@ def write(path: Path, head: Sharded, optimizer: torch.optim.Optimizer) -> dict[s
             folder.mkdir(parents=True, exist_ok=True)
             own = [_write_piece(folder, head, piece, optimizer) for piece in head.pieces]
         except (OSError, RuntimeError) as error:
+            if "DataLoader worker" in str(error):  # torch raises that wherever the program is
+                raise
             raise CheckpointError(
                 f"cannot write {folder}: {error}; earlier checkpoints are intact: make room and start again"
             ) from error
@@ -102,7 +105,7 @@ def resume(loss: Sharded, n_network: int, optimizer: torch.optim.Optimizer, path
     loss.load_state_dict(ours)
     if loss.shards():
         theirs = {**theirs, "param_groups": [*theirs["param_groups"], optimizer.state_dict()["param_groups"][-1]]}
-    optimizer.load_state_dict(theirs)
+    load_optimizer(optimizer, theirs, Path(path))
     load(loss, optimizer, source, classes)
 
 

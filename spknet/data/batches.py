@@ -15,6 +15,7 @@ import ctypes
 import multiprocessing
 import shutil
 import signal
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -176,9 +177,20 @@ class Batches:
         return batch
 
     def __exit__(self, *_) -> None:
-        for process in self.processes:
-            process.kill()
+        end_processes(self.processes)
         del self.iterator
+
+
+def end_processes(processes: list) -> None:
+    """Kills processes of a loader and waits for their end; torch would take each for an accident and raise."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if processes and main else None
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def of_loader(error: BaseException, workers: int) -> Exception | None:

@@ -42,7 +42,7 @@ class Loss(nn.Module, ABC):
         """(value, accuracy), as above; x is in float32 or float64."""
 
     def shards(self) -> list[nn.Parameter]:
-        """Parameters that this rank alone has (spknet.losses.sharded): not among parameters(), for DDP averages those."""
+        """Parameters that this rank alone has (spknet.losses.sharded): not among parameters(), whose gradients are averaged."""
         return []
 
     @contextlib.contextmanager

@@ -22,8 +22,8 @@ the tree goes, then between ranks, each rank receiving its own rows only. No ten
 
 Every operation has a shape that depends on B, D, N and P alone: hence the same bits on any W, given equal kernels (a CPU's
 matrix products depend on its number of threads: keep it equal). Each rank returns the loss of the global batch, L_r = L,
-whose mean over ranks is L again; dE of its own rows is multiplied by W, for DDP will average over ranks what
-each pushes through its network (spknet.parallel.gather). Weights of pieces are no parameters of this module, for DDP must not touch them:
+whose mean over ranks is L again; dE of its own rows is multiplied by W, for what each rank pushes through its network is averaged
+over ranks (spknet.parallel.gather). Weights of pieces are no parameters of this module, for their gradients are not averaged:
 `shards()` lists them, for the optimizer. SphereFace2 has no normaliser: see ShardedSphereFace2. Inter-top-k: each piece
 offers its k largest cosines, all ranks choose the same k of P k, and their owners penalise them. A step may compare with a
 sample of the classes only: see spknet.losses.sampled.

@@ -161,7 +161,7 @@ class RawNet3(nn.Module):
         encoder = nn.Sequential(pool, nn.BatchNorm1d(pooled))
         self.head = Head(encoder, pooled, config.embedding_size, fewest=2)
         # Two norms that RawNet3's forward pass never uses are in its checkpoints and in its parameter count. Without a
-        # gradient, so that DistributedDataParallel does not wait for one.
+        # gradient, so that no rank waits for one.
         self.unused = nn.ModuleList([nn.BatchNorm1d(channels // 4), nn.BatchNorm1d(config.embedding_size)])
         self.unused.requires_grad_(False)
 

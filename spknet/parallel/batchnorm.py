@@ -9,7 +9,7 @@ evaluation uses. Backward: with x^ = (x - mean) / sqrt(var + eps) and n rows in 
 
     dL/dx = w / sqrt(var + eps) * [dy - 1/n sum(dy) - x^ 1/n sum(dy x^)]                         (Ioffe & Szegedy 2015)
 
-where both sums go over all ranks (2 C numbers, gathered). dw and db are left as this rank's own sums: DDP averages
+where both sums go over all ranks (2 C numbers, gathered). dw and db are left as this rank's own sums: AveragedGradients averages
 them like every other parameter's gradient. One custom operator, so that torch.compile keeps it in the graph.
 
     model = globalize(model)  # replaces every nn.BatchNorm; names of parameters stay

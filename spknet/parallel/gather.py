@@ -1,15 +1,15 @@
 """Tensors of all ranks on every rank, with the gradient that makes W ranks equal to one.
 
 Each rank r scores its own rows (anchors) against the rows of all ranks. With L_r the mean loss over the rank's own rows,
-equally many on each rank, the loss of the global batch is L = 1/W sum_r L_r. What DistributedDataParallel applies is the
+equally many on each rank, the loss of the global batch is L = 1/W sum_r L_r. What AveragedGradients leaves is the
 mean over ranks of each rank's gradient, so it is enough that the backward passes together compute sum_r dL_r/dtheta:
 
     x_q, embedded on rank q, enters every L_r through the gathered tensor, so   d(sum_r L_r)/dx_q = sum_r dL_r/dgather_q.
 
 Rank r holds dL_r/dgather_q for all q; summing over ranks and giving each rank its own slice is a reduce-scatter with SUM:
-that is `gather_rows`' backward. Each rank then pushes d(sum_r L_r)/dx_q through its own network, DDP averages over ranks,
+that is `gather_rows`' backward. Each rank then pushes d(sum_r L_r)/dx_q through its own network, gradients are averaged over ranks,
 and the result is 1/W sum_q (d sum_r L_r/dx_q)(dx_q/dtheta) = dL/dtheta: the gradient one rank would have computed from the
-whole batch. Parameters of the loss itself (w, b, class weights) enter each L_r directly and DDP's mean is right for them.
+whole batch. Parameters of the loss itself (w, b, class weights) enter each L_r directly and the mean is right for them.
 
 Where the denominator depends on the data (semi-hard triplet, contrastive), the mean over own rows is not the global
 mean; there L_r = W * local_sum / global_count, with the count from `all_reduce_sum`, so that 1/W sum_r L_r is the ratio of

@@ -66,7 +66,8 @@ class AveragedGradients:
             self.collecting = False
 
     def average(self) -> None:
-        """Returns when every gradient is the mean over ranks. A parameter that no rank used keeps None."""
+        """Returns when every gradient is the mean over ranks. A parameter that this rank (like all others) did not use has
+        None, so that the optimizer passes it over as with one rank."""
         for bucket in self.buckets:
             if not bucket.sent:
                 bucket.send()

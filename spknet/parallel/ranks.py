@@ -40,6 +40,10 @@ class RankError(UserError):
     """Ranks do not fit together, or one of them was lost; the message names it."""
 
 
+class RankLost(RankError):
+    """Another rank is gone: no fault of the run, which goes on when it is started again."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the ranks of the run. local: number on this machine, of local_size."""
@@ -97,14 +101,21 @@ def from_environment(environment=os.environ) -> dict[str, int] | None:
         if "MASTER_ADDR" not in environment:
             environment["MASTER_ADDR"] = first_host(environment["SLURM_STEP_NODELIST"])
         environment.setdefault("MASTER_PORT", str(rendezvous_port(environment["SLURM_JOB_ID"])))
-        per_node = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]
+        per_node = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+        node = _number(environment, "SLURM_NODEID")
         return {
             "rank": int(environment["SLURM_PROCID"]),
             "world_size": int(environment["SLURM_STEP_NUM_TASKS"]),
             "local": int(environment["SLURM_LOCALID"]),
-            "local_size": int(per_node),
+            "local_size": per_node[min(node, len(per_node) - 1)],
         }
     return None
+
+
+def _tasks_per_node(word: str) -> list[int]:
+    """SLURM's `4(x2),1` -> [4, 4, 1]."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", word)
+    return [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))] or [1]
 
 
 def _number(environment, name: str, default: int = 0) -> int:
@@ -126,6 +137,8 @@ def meet(timeout_seconds: float = 600.0) -> Iterator[Ranks]:
             _meeting.store = _open_store(_meeting)
             try:
                 _await_all(_meeting)
+                # From here on the watchdog looks at the clock: an evaluation may keep the others waiting for hours.
+                _meeting.store.set_timeout(datetime.timedelta(days=7))
             except (dist.DistStoreError, dist.DistNetworkError):
                 raise RankError(f"rank 0 at {_meeting.address[0]} has left before all ranks had come") from None
         yield _meeting.me
@@ -135,14 +148,18 @@ def meet(timeout_seconds: float = 600.0) -> Iterator[Ranks]:
         _meeting = before
 
 
-def leave(where: Meeting) -> None:
-    """Says goodbye. The rank that holds the store stays a moment, so that all others read what was told last."""
-    if where.store is None:
+def leave(where: Meeting, store: dist.Store | None = None) -> None:
+    """Says goodbye. The rank that holds the store stays a moment, so that all others read what was told last.
+
+    store: a connection of the caller's own, where the run's main thread may be waiting on the other one.
+    """
+    store = store or where.store
+    if store is None:
         return
-    where.store.set(f"left/{where.me.rank}", "")
+    store.set(f"left/{where.me.rank}", "")
     others = [f"left/{rank}" for rank in range(where.me.world_size)]
     end = time.monotonic() + GOODBYE
-    while where.serves and time.monotonic() < end and not where.store.check(others):
+    while where.serves and time.monotonic() < end and not store.check(others):
         time.sleep(0.02)
 
 

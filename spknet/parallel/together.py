@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from spknet.errors import UserError, of_system
-from spknet.parallel.ranks import RankError, here, meeting
+from spknet.parallel.ranks import RankError, RankLost, here, meeting
 
 _rounds = 0  # exchanges so far; equal on all ranks
 
@@ -52,8 +52,8 @@ def gather_objects(value: Any) -> list:
         store.delete_key(f"round {number - 2}")
         return every
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        waited = f"rank {late}" if me.first else "rank 0"
-        raise RankError(f"{waited} did not come within {meeting().limit:g} s: {str(error).splitlines()[0]}") from None
+        gone = f"rank {late} or the store" if me.first else "rank 0"
+        raise RankLost(f"{gone} is gone; the run continues from its newest checkpoint ({_first_line(error)})") from None
 
 
 def broadcast(value: Any) -> Any:
@@ -131,11 +131,16 @@ def agree(facts: dict[str, str]) -> None:
                 raise error
 
 
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def sentence(error: BaseException) -> str:
     """An error in one line, as a user and state.json read it."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return str(of_system(error))
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+    first = _first_line(error)
+    return first if first == type(error).__name__ else f"{type(error).__name__}: {first}"

@@ -118,7 +118,8 @@ class Watchdog:
                 failure = Failure(**json.loads(told))
                 self.store.set(f"knows/{self.me.rank}", "")
                 if failure.rank != self.me.rank:
-                    self._leave(failure, tell=False)
+                    # Rank 0 may hold the store: it waits until all others have read this.
+                    self._leave(failure, tell=self.me.first)
                     return
 
     def _watch(self) -> None:
@@ -147,7 +148,7 @@ class Watchdog:
                 child.kill()  # loaders ignore gentler signals
             if self.me.world_size > 1 and tell:
                 with contextlib.suppress(RuntimeError):
-                    leave(meeting())
+                    leave(meeting(), self.store)
             os._exit(failure.status)
 
     def _stalled(self) -> str:

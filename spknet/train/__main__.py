@@ -24,14 +24,14 @@ from shards.format import remove_leftovers
 from spknet import config as configuration
 from spknet.checkpoints.file import path_of, remove_orphans, steps
 from spknet.config import Config
-from spknet.data.batches import LoaderLost, of_loader
+from spknet.data.batches import LoaderLost, end_processes, of_loader
 from spknet.errors import INTERRUPTED, USAGE, UserError
 from spknet.messages import say
-from spknet.parallel.ranks import Ranks, here, join, meet
+from spknet.parallel.ranks import RankLost, Ranks, here, join, meet
 from spknet.parallel.together import Failed, agree, gather_objects, on_first, sentence, together
 from spknet.parallel.watchdog import REQUEUE, Failure, Watchdog
 from spknet.train import run_folder, voxceleb_trainer
-from spknet.train.lock import Owner, hold
+from spknet.train.lock import Owner, RunError, hold
 from spknet.train.run_folder import write_state
 from spknet.train.sidelines import Sidelines
 from spknet.train.signals import StopSignals
@@ -56,10 +56,11 @@ class Run:
         self.owner: Owner | None = None  # on rank 0, from the lock on
         self.held = contextlib.ExitStack()
         self.begun = False  # whether every check has passed
+        self.taken = False  # whether the folder is another run's
 
     def report(self, failure: Failure) -> None:
         """On rank 0: state.json after a failure. A command that was refused leaves another run's folder as it is."""
-        if self.config is None or self.config.run_dir is None or not here().first:
+        if self.config is None or self.config.run_dir is None or self.taken or not here().first:
             return
         token = self.owner.token if self.owner else None
         with contextlib.suppress(OSError, UserError):  # the disk may be what has failed, or the path may be no folder
@@ -78,8 +79,8 @@ def main(argv: list[str] | None = None, theirs: bool = False) -> int:
     try:
         words = voxceleb_trainer.options(argv, theirs)
         run.config = words[0]
-    except UserError as mistake:  # told below, when the ranks have met
-        error = mistake
+    except (UserError, OSError) as mistake:  # told below, when the ranks have met
+        error = UserError(sentence(mistake))
     with stop:
         try:
             with meet(run.config.train.timeout_seconds if run.config else 60.0):
@@ -92,8 +93,9 @@ def main(argv: list[str] | None = None, theirs: bool = False) -> int:
 
 def _watched(run: Run, words, error: UserError | None, stop: StopSignals) -> int:
     """Everything that happens once the ranks have met."""
-    watchdog = Watchdog(run.report, lambda: stop.received).start()
+    watchdog = Watchdog(run.report, lambda: stop.received)
     try:
+        watchdog.start()
         with together("reading the options"):
             if error is not None:
                 raise error
@@ -108,8 +110,7 @@ def _watched(run: Run, words, error: UserError | None, stop: StopSignals) -> int
         return _failed(run, failed, watchdog)
     finally:
         watchdog.stop()
-        for child in multiprocessing.active_children():
-            child.kill()
+        end_processes(multiprocessing.active_children())
         run.held.close()
 
 
@@ -122,6 +123,8 @@ def _failed(run: Run, error: BaseException, watchdog: Watchdog) -> int:
     failure = Failure(sentence(error), 1, me.rank)
     if isinstance(error, NonFiniteLoss):
         failure = Failure(str(error), 1)
+    elif isinstance(error, RankLost):
+        failure = Failure(str(error), REQUEUE, me.rank)
     elif isinstance(error, (UserError, OSError)):
         failure = Failure(sentence(error), USAGE, me.rank)
     elif isinstance(error, KeyboardInterrupt):
@@ -149,9 +152,12 @@ def _run(run: Run, config: Config, me: Ranks, watchdog: Watchdog, stop: StopSign
     options = {f"option {k}": repr(v) for k, v in configuration.flatten(configuration.to_dict(config)).items()}
     versions = {f"version of {k}": v for k, v in run_folder.versions().items()}
     agree({"the code": run_folder.code_digest(), **versions, **options, "CPU threads": str(torch.get_num_threads())})
+    watchdog.says("opening the data")
     trainer = Trainer(config, me)
+    watchdog.says("reading the checkpoint")
     on_first("taking the run folder", lambda: _own(run, config), share=False)
     trainer.resume()
+    watchdog.says("beginning")
     places = gather_objects((socket.gethostname(), _device_name(me)))
     run.trainer = trainer
     on_first("writing to the run folder", lambda: _begin(run, places), share=False)
@@ -165,16 +171,22 @@ def _run(run: Run, config: Config, me: Ranks, watchdog: Watchdog, stop: StopSign
 
 
 def _own(run: Run, config: Config) -> None:
-    run.owner = run.held.enter_context(hold(config.run_dir))
+    try:
+        run.owner = run.held.enter_context(hold(config.run_dir))
+    except RunError:
+        run.taken = True
+        raise
 
 
 def _begin(run: Run, places: list[tuple[str, str]]) -> None:
     """Every check has passed: from here on this run writes into its folder."""
     hosts, devices = zip(*places)
     run_dir, start, notes = Path(run.config.run_dir), run.trainer.continues, []
+    run.owner.check()
     remove_leftovers(run_dir / "checkpoints")  # of a run killed while it saved
     remove_orphans(run_dir)
-    there = [path_of(run_dir, step) for step in steps(run_dir)]
+    there = [path_of(run_dir, step).resolve() for step in steps(run_dir)]
+    start = start and start.resolve()
     if there and start != there[0]:  # the next start would take what stands there for this run's
         notes += run_folder.set_aside(run.owner, start if start in there else None)
     about = run_folder.record(list(devices), list(hosts))

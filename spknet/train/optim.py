@@ -57,7 +57,12 @@ def build_optimizer(config: OptimConfig, parameters, head=(), shards=()) -> torc
         groups = [{"params": trained + head}]
     if shards:
         groups.append({"params": shards, "weight_decay": decay})
-    return OPTIMIZERS[config.name]([group for group in groups if group["params"]], config)
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ConfigError(
+            "nothing is left to train: train.frozen names all of the network, and the loss has no weights"
+        )
+    return OPTIMIZERS[config.name](groups, config)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

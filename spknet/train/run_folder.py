@@ -146,7 +146,7 @@ def carries_on(run_dir: str | Path) -> bool:
     So it is for a job that SLURM has requeued, for a group that torchrun has started again, and for the same words again.
     """
     said, about = read_state(run_dir) or {}, read_json(Path(run_dir) / "record.json") or {}
-    if said.get("state") not in ("running", "requeue"):
+    if said.get("state") not in ("running", "requeue", "failed"):
         return False
     job = os.environ.get("SLURM_JOB_ID")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -163,7 +163,7 @@ def set_aside(owner: Owner, keep: Path | None = None) -> list[str]:
     """
     owner.check()
     folder = owner.run_dir
-    paths = [path for path in (folder / "checkpoints").glob("step-*") if keep is None or path.stem != keep.stem]
+    paths = [path for path in (folder / "checkpoints").glob("step-*") if keep is None or path.stem > keep.stem]
     if not paths:
         return []
     if keep is None:

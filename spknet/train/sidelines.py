@@ -1,6 +1,6 @@
 """What stands beside the training and watches it: metrics, progress bar, watchdog, checkpoints, evaluation, profiler.
 
-with Sidelines(trainer, watchdog, stop) as side: trainer.train(side)
+with Sidelines(trainer, owner, watchdog, stop) as side: trainer.train(side)
 """
 
 from __future__ import annotations
@@ -47,9 +47,13 @@ class Sidelines:
             self.progress = stack.enter_context(Progress(t.total_steps, t.step, shown=self.first))
             self.trace = stack.enter_context(profiler(self.run_dir, self.config.train.profile and self.first))
             self._stack = stack.pop_all()
-        known = broadcast(self.log is not None and self.log.has_evaluation(t.step))
-        if t.step > 0 and self.evaluation_due() and not known:
-            self.stopped = self.evaluate()  # the run died between this step's checkpoint and its evaluation
+        try:
+            known = broadcast(self.log is not None and self.log.has_evaluation(t.step))
+            if t.step > 0 and self.evaluation_due() and not known:
+                self.stopped = self.evaluate()  # the run died between this step's checkpoint and its evaluation
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *error) -> None:
@@ -105,6 +109,7 @@ class Sidelines:
         self.watchdog.says("saving", self.trainer.step, -1)
         t, head = self.trainer, {}
         if isinstance(t.task.loss, Sharded):
+            on_first("saving", lambda: self.owner.check(), share=False)  # before any rank writes rows
             head = {"head": pieces.write(checkpoint.path_of(self.run_dir, t.step), t.task.loss, t.optimizer)}
         on_first("saving", lambda: self._write_checkpoint(head), share=False)
         self.trainer.saved()

@@ -125,7 +125,8 @@ class Trainer:
             rows = load_head_by_speaker(loss, state, *speakers, speeds) if moved else state["loss"]
             checkpoint.load_weights(loss, rows, f"{path}: the loss")
             load_optimizer(self.optimizer, state["optimizer"], path)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the precision was another one
+            self.scaler.load_state_dict(state["scaler"])
         self.averaging.load(state.get("averaging"))
         self.step, self.window, self.best, self.seconds = (state[k] for k in ("step", "window", "best", "seconds"))
 

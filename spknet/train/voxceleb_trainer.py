@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from spknet.checkpoints.voxceleb_trainer import (
     window_of,
 )
 from spknet.config import Config, ConfigError
+from spknet.messages import say
 from spknet.options import parse as parse_options
 from spknet.train.voxceleb_trainer_flags import KNOWN, ONLY_NEWER, defaults, parse, read_yaml, value_of
 
@@ -325,8 +325,7 @@ def options(argv: list[str], theirs: bool = False) -> tuple[Config, Callable[[],
     instead = None
     if theirs or is_legacy(argv):
         translation = translate(argv)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("\n".join(translation.notes), file=sys.stderr)
+        say("\n".join(translation.notes))
         config = translation.config
         if translation.eval_only:
             instead = translation.evaluate

@@ -103,6 +103,11 @@ def test_an_interactive_shell_of_a_job_is_alone_and_srun_needs_no_scontrol():
     assert 15000 <= int(two["MASTER_PORT"]) < 30000
 
 
+@pytest.mark.parametrize(("word", "counts"), [("4", [4]), ("4(x2),1", [4, 4, 1]), ("2,3(x2)", [2, 3, 3])])
+def test_tasks_of_uneven_nodes_are_counted_node_by_node(word, counts):
+    assert ranks._tasks_per_node(word) == counts
+
+
 def _occupied(rank: int, port: int) -> int:
     os.environ["MASTER_PORT"] = str(port)
     try:

@@ -89,6 +89,53 @@ def test_a_rank_that_fails_ends_all_with_its_reason(
     assert ("Traceback" in said) == (status == 1)
 
 
+def test_three_ranks_end_alike_where_one_fails(options, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("FAILED_AT", str(tmp_path / "failed"))
+    words = [*options, "--data.speakers_per_batch", "12", "--train.max_steps", "3", "--run_dir", str(tmp_path / "run")]
+    assert exit_statuses(3, _patched, "loader", 1, words) == [2, 2, 2]
+    assert "are gone" not in capfd.readouterr().err
+
+
+def _lost_in_a_meeting(rank: int) -> int:
+    from spknet.parallel.ranks import RankLost, meet
+    from spknet.parallel.together import gather_objects
+
+    with meet(20):
+        gather_objects(rank)
+        if rank == 0:
+            os._exit(0)
+        try:
+            gather_objects(rank)
+        except RankLost:
+            os._exit(75)
+    return 0
+
+
+def test_a_rank_that_is_gone_at_a_meeting_is_lost_and_no_mistake_of_the_user():
+    assert exit_statuses(2, _lost_in_a_meeting, timeout=60) == [0, 75]
+
+
+def test_a_run_with_loaders_ends_without_a_word_of_them(options, tmp_path, capfd):
+    words = [*options, "--data.workers", "3", "--train.max_steps", "3", "--run_dir", str(tmp_path)]
+    assert exit_statuses(1, _patched, "none", -1, words) == [0]
+    said = capfd.readouterr().err
+    assert "Exception ignored" not in said and "Traceback" not in said and "killed" not in said
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_under_another_spelling(options, tmp_path, monkeypatch):
+    words = [*options, "--train.save_every_steps", "2", "--run_dir", str(tmp_path / "run"), "--train.max_steps"]
+    assert exit_statuses(1, _patched, "none", -1, [*words, "6"]) == [0]
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    older = str(tmp_path / "link/checkpoints/step-00000004.pt")
+    assert exit_statuses(1, _patched, "none", -1, [*words, "8", "--train.resume", older]) == [0]
+    again = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [x["step"] for x in again] == list(range(1, 9))
+    assert [x["loss"] for x in again[:6]] == [x["loss"] for x in lines]
+    assert (tmp_path / "run/before-1/checkpoints/step-00000006.pt").exists()
+    assert (tmp_path / "run/checkpoints/step-00000002.pt").exists()  # earlier ones stay
+
+
 def _killed_loader(rank: int, words: list[str]) -> int:
     import multiprocessing
     import threading
