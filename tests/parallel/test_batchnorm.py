@@ -83,3 +83,27 @@ def test_gradient_by_finite_differences():
 def test_input_without_channels_is_an_error():
     with pytest.raises(ValueError, match=r"found shape \(4,\)"):
         GlobalBatchNorm(4)(torch.zeros(4))
+
+
+LAYOUTS = {"3-D": (4, 6, 10), "NCHW": (4, 6, 5, 7), "channels last": (4, 6, 5, 7)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_operators_keep_what_they_declare_to_torch(layout, dtype):
+    """Types, shapes, strides and gradients under fake tensors and the compiler's tracing are those of a call."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(LAYOUTS[layout], generator=generator).to(dtype)
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.rand(6, generator=generator).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    for learns in (False, True):
+        arguments = [
+            value.clone(memory_format=torch.preserve_format).requires_grad_(learns) for value in (x, weight, weight)
+        ]
+        torch.library.opcheck(torch.ops.spknet.batch_norm_global.default, (*arguments, 1e-5))
+    y, mean, variance = torch.ops.spknet.batch_norm_global(x, weight, weight, 1e-5)
+    assert y.stride() == x.stride()
+    given = (torch.randn_like(y), x, weight, mean, variance, 1e-5)
+    torch.library.opcheck(torch.ops.spknet.batch_norm_global_backward.default, given)
+    assert torch.ops.spknet.batch_norm_global_backward(*given)[0].stride() == x.stride()
