@@ -284,6 +284,8 @@ def test_sweep_of_twelve_with_every_kind_of_end(checkout, monkeypatch):
     trials.wait_for("some that are done", 120, lambda: len(ended("done")) >= 2 and failing in ended("failed"))
     shell(checkout, documented("spknet cancel runs/my_sweep"))
     wait_until_gone(number)
+    # The killed run's lock is on another node: it counts as living until 35 s have passed without a sign of life.
+    trials.wait_for("locks that are stale", 90, lambda: not ended("running"))
     states = {s.name: s for s in status.statuses(folder)}
     done = ended("done")
     assert states[failing].state == "failed" and "metrics.jsonl" in states[failing].reason
