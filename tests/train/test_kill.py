@@ -75,7 +75,7 @@ def test_sigkill_at_random_moments_continues_to_the_same_bits(options, tmp_path)
         # Every third kill comes inside the writing of a checkpoint, the others at a random moment.
         writing = generator.randint(1, 2) if kills % 3 == 2 else None
         process, status = start([*words, "--run_dir", str(folder)], writing)
-        process.join(120 if writing else generator.uniform(0.1, seconds / 2))
+        process.join(120 if writing else generator.uniform(0.1, seconds / (KILLS + 1)))
         if process.is_alive():
             process.kill()
             process.join()
