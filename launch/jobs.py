@@ -99,6 +99,9 @@ def holder_of(run: str | Path, mine: Collection[str] = ()) -> str | None:
     owner = living_owner(run)
     if owner is None or owner.get("job") in mine:
         return None
+    state = state_of(str(owner["job"])) if owner.get("job") and shutil.which("sacct") else ""
+    if state and state not in ALIVE:  # its node may be another one, where a lock looks alive for 35 s after a kill
+        return None
     return f"a run on {owner.get('host')} (pid {owner.get('pid')}, job {owner.get('job')})"
 
 

@@ -103,24 +103,23 @@ def one_step(made, gradients, optimizer, inputs, exact: bool) -> None:
 
 
 class counting:
-    """Counts the bytes of tensors given to collectives, those of DDP's own (C++) reducer excepted."""
-
-    NAMES = ("all_gather_into_tensor", "all_gather_single", "all_reduce")
+    """Counts the bytes of tensors given to collectives, those of the gradients' buckets (sent asynchronously) excepted."""
 
     def __enter__(self) -> list[int]:
         from spknet.parallel import gather
 
         self.total = [0]
-        self.modules = [(dist, name) for name in self.NAMES if hasattr(dist, name)] + [(gather, "_gather_into")]
+        self.modules = [(dist, "all_reduce"), (gather, "_all_gather")]
         self.real = [getattr(module, name) for module, name in self.modules]
         for (module, name), function in zip(self.modules, self.real):
             setattr(module, name, self._wrap(function, -1 if "gather" in name else 0))
         return self.total
 
     def _wrap(self, function, given: int):
-        def counted(*tensors):
-            self.total[0] += tensors[given].numel() * tensors[given].element_size()
-            return function(*tensors)
+        def counted(*tensors, **options):
+            if not options.get("async_op"):
+                self.total[0] += tensors[given].numel() * tensors[given].element_size()
+            return function(*tensors, **options)
 
         return counted
 
@@ -149,7 +148,7 @@ def report(chosen, me: Ranks, exact: SpeakerTask, seconds: dict, counted: dict) 
     )
     parts = ", ".join(f"{name} {size}" for name, size in formula.items())
     print(f"bytes a rank gives to collectives in a step, by formula: {parts} = {sum(formula.values())}")
-    print(f"  counted: exact {counted[True]}, local {counted[False]}; DDP's gradients in both: {gradients}")
+    print(f"  counted: exact {counted[True]}, local {counted[False]}; gradients in both: {gradients}")
 
 
 if __name__ == "__main__":
