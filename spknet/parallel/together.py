@@ -38,6 +38,7 @@ def gather_objects(value: Any) -> list:
     if store is None:
         return [value]
     number, _rounds = _rounds, _rounds + 1
+    # Pickled, as torch's own collectives of objects are: whoever reaches the store's port is taken for a rank.
     try:
         store.set(f"round {number}/{me.rank}", pickle.dumps(value))
         if not me.first:
