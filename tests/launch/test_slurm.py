@@ -313,24 +313,6 @@ def test_sweep_of_twelve_with_every_kind_of_end(checkout, monkeypatch):
     assert f"| softmax | 1 | 0.0003 | 3 | {sum(eers) / 3:.4g} |" in table
 
 
-@pytest.mark.slow
-def test_node_on_which_a_rank_died_twice_is_left_out_and_named(checkout):
-    run = checkout / "runs" / "h"
-    words = [*run_words(run, checkout / "veri_test.txt", steps=12), "--train.save_every_steps=0", f"--run_dir={run}"]
-    job = trials.submit_run(words, "--nodes", "1", "--hours", "0.5", "--signal-delay", "60", "--max-restarts", "0")
-    for life in (1, 2):
-        trials.wait_for(
-            f"step of life {life}", 120, lambda n=life: len(starts_of(run)) == n and trials.last_step(run) >= 1
-        )
-        os.kill(living_owner(run)["pid"], signal.SIGKILL)
-        trials.wait_for("the requeue", 60, lambda: not trials.on_its_nodes(job))
-        (run / "metrics.jsonl").unlink()
-    wait_until_gone(job)
-    first, second, third = (start["nodes"] for start in starts_of(run))
-    assert first == second != third and read_state(run)["state"] == "done"
-    assert f"leaves out {first[0]}: blamed for two ends of this run" in log_of(run)
-
-
 def starts_of(run: Path) -> list[dict]:
     return json.loads((run / "launch.json").read_text())["starts"] if (run / "launch.json").exists() else []
 
