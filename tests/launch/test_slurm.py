@@ -313,10 +313,6 @@ def test_sweep_of_twelve_with_every_kind_of_end(checkout, monkeypatch):
     assert f"| softmax | 1 | 0.0003 | 3 | {sum(eers) / 3:.4g} |" in table
 
 
-def starts_of(run: Path) -> list[dict]:
-    return json.loads((run / "launch.json").read_text())["starts"] if (run / "launch.json").exists() else []
-
-
 def test_installed_sweep_of_the_page_is_accepted(checkout):
     line = documented("spknet sweep paper_grid").replace("--gpus-per-node 1", "--dry-run --skip-data-check")
     assert "63 of 63 runs would be submitted" in shell(checkout, line)
