@@ -77,8 +77,8 @@ def measured(name: str, precision: str, chosen: argparse.Namespace) -> tuple[flo
     """Seconds of a step, of the baseline's step, and bytes; on the CPU by a child process."""
     if chosen.device == "cuda":
         return measure(name, precision, chosen)
-    # Forked before this process has used a thread pool: its children may use theirs.
-    with multiprocessing.get_context("fork").Pool(1) as pool:
+    # A fresh process: a forked one would fill memory that this one had freed, and seem to need less.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, (name, precision, chosen))
 
 
