@@ -34,7 +34,10 @@ def averaged(averaging: dict[str, Any] | None, kept: dict[str, torch.Tensor] | N
 
 
 def with_averages(state: dict[str, Any], weights: str = "averaged") -> dict[str, Any]:
-    """A checkpoint of ours with its averaged weights in the place of the trained ones, where it has some."""
+    """A checkpoint of ours with its averaged weights in the place of the trained ones, where it has some.
+
+    "averaged" says so to who reads the rows of its head.
+    """
     means = averaged(state.get("averaging")) if weights == "averaged" else None
     if means is None:
         return state
@@ -42,4 +45,4 @@ def with_averages(state: dict[str, Any], weights: str = "averaged") -> dict[str,
         part: {name: means.get(f"{part}.{name}", value) for name, value in state[part].items()}
         for part in ("model", "loss")
     }
-    return state | parts
+    return state | parts | {"averaged": True}

@@ -112,12 +112,12 @@ def damages(path: Path, state: Any) -> list[str]:
     return found
 
 
-def source_of(path: Path, state: dict[str, Any], weights: str = "trained") -> list[Rows]:
-    """The rows that a checkpoint with a head in pieces holds; weights: as of spknet.checkpoints.averages."""
+def source_of(path: Path, state: dict[str, Any]) -> list[Rows]:
+    """The rows that a checkpoint with a head in pieces holds, averaged where it has its averages in place."""
 
     def content(name: str) -> dict[str, Any]:
         rows = read(folder_of(path) / name)
-        means = averaged(state.get("averaging"), rows.get("averages")) if weights == "averaged" else None
+        means = averaged(state["averaging"], rows.get("averages")) if state.get("averaged") else None
         return rows | {"values": means} if means else rows
 
     return [Rows(entry["first"], entry["last"], partial(content, entry["name"])) for entry in state["head"]["files"]]
@@ -147,16 +147,13 @@ def optimizer_state(optimizer: torch.optim.Optimizer, loss) -> dict[str, Any]:
     return state
 
 
-def initialize(loss, path, state, speakers: list[str], labels, weights: str) -> None:
-    """Starts the head of a new run, whole or in pieces, from the rows that a checkpoint has for its speakers.
-
-    state: with its averages in place (spknet.checkpoints.averages), where weights="averaged".
-    """
+def initialize(loss, path, state, speakers: list[str], labels) -> None:
+    """Starts the head of a new run, whole or in pieces, from the rows that a checkpoint has for its speakers."""
     rule, n_classes = (
         (loss.rule, loss.n_classes) if isinstance(loss, Sharded) else (loss, len(loss.weight) // loss.centers)
     )
     if "head" in state:
-        source = source_of(Path(path), state, weights)
+        source = source_of(Path(path), state)
     elif "weight" in state["loss"]:
         names = [name for name in ("weight", "bias") if name in state["loss"]]
         content = {"per_class": rule.centers, "values": {name: state["loss"][name] for name in names}}

@@ -229,7 +229,7 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False, weights: 
     speakers = [str(name) for name in corpus.utterances.speakers]
     labels = corpus.utterances.labels
     if isinstance(task.loss, Sharded) or ("head" in state and isinstance(task.loss, Classifier)):
-        head.initialize(task.loss, path, state, speakers, labels, weights)
+        head.initialize(task.loss, path, state, speakers, labels)
     else:
         rows = load_head_by_speaker(task.loss, state, speakers, labels, corpus.classes_per_speaker)
         task.loss.load_state_dict(rows)

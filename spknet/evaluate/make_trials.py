@@ -149,11 +149,12 @@ def make(
 def _utterances(chosen: argparse.Namespace) -> dict[str, list[str]]:
     if not chosen.shards:
         return read_utterances(chosen.list)
-    of, data = {}, open_shards(chosen.shards)
-    for s, speaker in enumerate(data.speakers):
-        first, last = int(data.speaker_rows[s]), int(data.speaker_rows[s + 1])
-        of[str(speaker)] = [data.key(row) for row in range(first, last)]
-    return of
+    data = open_shards(chosen.shards)
+    bounds = data.speaker_rows.tolist()
+    return {
+        speaker: [data.key(row) for row in range(first, last)]
+        for speaker, first, last in zip(data.speakers, bounds, bounds[1:])
+    }
 
 
 def _allowed(chosen: argparse.Namespace, speakers: list[str]) -> list[str]:
