@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from spknet.parallel.process import machine, started
 from spknet.train import lock as locks
 from spknet.train.lock import RunError, hold, may_write
 from spknet.train.run_folder import read_state, write_state
@@ -56,10 +57,10 @@ def foreign(folder, **owner):
 def dead_owner(folder):
     """A lock of a process of this machine that was killed."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    start = locks._start(child.pid)
+    start = started(child.pid)
     child.kill()
     child.wait()
-    foreign(folder, host=socket.gethostname(), machine=locks._machine(), pid=child.pid, start=start)
+    foreign(folder, host=socket.gethostname(), machine=machine(), pid=child.pid, start=start)
 
 
 def _compete(folder, refused, ready, decided, results):
