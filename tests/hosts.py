@@ -71,6 +71,7 @@ class Host:
     """A set of namespaces, which live as long as their first process."""
 
     def __init__(self, name: str, hosts: Path, shared: list[Path]):
+        self.name = name
         command = ["unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc"]
         command += ["sh", "-c", FIRST, "sh", name, str(hosts), *map(str, shared)]
         self.first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -2,10 +2,10 @@
 
 A collective that waits for a rank cannot be interrupted from Python. So each rank has two threads beside its work. One
 tells the store what the rank does and looks whether another one has failed, through a connection of its own. It also looks
-at the other ranks' processes on this machine, which the kernel knows to be dead within a second, and at the signs of life
-of those elsewhere: rank 0 at everyone's, the others at rank 0's. One thread looks at the clock: at how long the rank has
-been without a step, and at how long the store has not answered. Either ends the process (os._exit) when there is no more to
-wait for. The first report counts: it is what every rank says and what state.json holds.
+at the other ranks' processes on this machine, which the kernel knows to be dead within a second, and, where nothing else
+limits its patience, at signs of life from elsewhere: rank 0 at everyone's, the others at rank 0's. One thread looks at the
+clock: at how long the rank has been without a step, and at how long the store has not answered. Either ends the process
+(os._exit) when there is no more to wait for. The first report counts: it is what every rank says and what state.json holds.
 
     watchdog = Watchdog(report); watchdog.start()
     watchdog.says("reading batches", step=12)
@@ -30,6 +30,7 @@ from spknet.parallel.process import has_died
 from spknet.parallel.ranks import PATIENCE, connect, here, leave, meeting
 
 CONTINUES = "the run continues from its newest checkpoint"
+OUT_OF_REACH = "its machine, or the network between them, is gone"
 STALLED = "no step finished"  # in a reason: launchers read it
 REQUEUE = 75  # exit status: not done, start the same command again (EX_TEMPFAIL)
 GRACE = 5.0  # seconds that a failing rank stays, so that all others learn why
@@ -82,7 +83,7 @@ class Watchdog:
         self.place, self.since = (step, order, doing), time.monotonic()
 
     def pause(self, doing: str, step: int = 0) -> None:
-        """What comes now (evaluation) may take much longer than a step."""
+        """What comes now (an evaluation) may take much longer than a step."""
         self.place, self.since = (step, 9, doing), None
 
     def stop_asked(self) -> bool:
@@ -191,8 +192,9 @@ class Watchdog:
             times = times + 1 if beats == before else 0
             self.unchanged[rank] = (beats, times)
             # Counted, not timed: this machine may have been suspended itself.
-            if times * self.interval > self.limit and not self.store.check([f"left/{rank}"]):
-                return f"{self._named([rank])} is gone: no sign of life of it for {self.limit:g} s"
+            late = times * self.interval > self.limit and self.since is None  # else the clock speaks, and says more
+            if late and not self.store.check([f"left/{rank}"]):
+                return f"{self._named([rank])} is gone: no sign of life for {self.limit:g} s; {OUT_OF_REACH}"
         return ""
 
     def _stalled(self) -> str:
@@ -203,7 +205,7 @@ class Watchdog:
         slowest = silent[0] if silent else min(places, key=lambda rank: places[rank][1:3])
         _, step, _, doing = places[slowest]
         if silent:
-            doing = "without a sign of life since: its machine, or the network between them, is gone"
+            doing = f"without a sign of life since: {OUT_OF_REACH}"
         steps = ", ".join(str(place[1]) for place in places.values())
         return (
             f"{waited}; {self._named([slowest])} is behind, last seen at step {step}, {doing} (steps of all ranks: {steps});"

@@ -157,8 +157,9 @@ def _run(run: Run, config: Config, me: Ranks, watchdog: Watchdog, stop: StopSign
     agree({"the code": run_folder.code_digest(), **versions, **options, "CPU threads": str(torch.get_num_threads())})
     watchdog.says("opening the data")
     trainer = Trainer(config, me)
-    watchdog.says("reading the checkpoint")
+    watchdog.pause("taking the run folder")  # a lock of another machine is watched for 35 s
     on_first("taking the run folder", lambda: _own(run, config), share=False)
+    watchdog.says("reading the checkpoint")
     trainer.resume()
     watchdog.says("beginning")
     places = gather_objects((socket.gethostname(), _device_name(me)))
