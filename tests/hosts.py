@@ -41,6 +41,12 @@ echo ready; exec sleep infinity
 """
 
 
+def child_of(pid: int) -> int:
+    """The one child of a process: what unshare and nsenter have started."""
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
 class Link(threading.Thread):
     """Hands packets from one host to the other, `delay` seconds later; drops them while it is cut."""
 
@@ -76,7 +82,7 @@ class Host:
         command += ["sh", "-c", FIRST, "sh", name, str(hosts), *map(str, shared)]
         self.first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.first.stdout.readline() == "ready\n"
-        (self.pid,) = Path(f"/proc/{self.first.pid}/task/{self.first.pid}/children").read_text().split()
+        self.pid = str(child_of(self.first.pid))
 
     def start(self, command: list[str], log: Path, **variables: str) -> subprocess.Popen:
         """A process on this host; what it says goes to the file `log`."""

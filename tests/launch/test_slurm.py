@@ -316,20 +316,12 @@ def test_sweep_of_twelve_with_every_kind_of_end(checkout, monkeypatch):
 
 @pytest.mark.slow
 @needs_the_nodes_processes
-def test_2_nodes_of_2_ranks_go_on_bit_equal_after_a_signal_and_after_a_lost_node(checkout, tmp_path):
+def test_2_nodes_of_2_ranks_go_on_bit_equal_after_a_signal_and_after_a_lost_node(checkout):
     whole, run = checkout / "runs" / "four", checkout / "runs" / "i"
     words = run_words(run, checkout / "veri_test.txt")
-    agent = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "4",
-        "-m",
-        "spknet.train",
-    ]
-    subprocess.run([*agent, *words[:-1], f"--run_dir={whole}"], cwd=ROOT, check=True, capture_output=True)
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command = [*agent, "-m", "spknet.train", *words[:-1], f"--run_dir={whole}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     job = trials.submit_run(words, "--ranks-per-node", "2", "--hours", "0.5", "--signal-delay", "60")
     trials.wait_for("training", 180, lambda: trials.last_step(run) >= 5)
     trials.command("scancel", "--signal=USR2", job)
@@ -340,7 +332,7 @@ def test_2_nodes_of_2_ranks_go_on_bit_equal_after_a_signal_and_after_a_lost_node
     wait_until_gone(job)
     first, second, _ = starts_of(run)
     assert (first["ended"], first["blamed"]) == ("signal", [])
-    assert (second["ended"], second["blamed"]) == ("lost", [lost])
+    assert second["blamed"] == [lost] and second["ended"] in ("lost", "died")  # whether SLURM saw it first
     assert_as_undisturbed(run, whole)
 
 

@@ -5,6 +5,7 @@ Each host has processes, address, name and /tmp of its own (tests/hosts.py); the
 
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from spknet.train.metrics_log import read_metrics
 from spknet.train.run_folder import read_state
 from tests.conftest import tiny_options
-from tests.hosts import ADDRESSES, two_hosts
+from tests.hosts import ADDRESSES, child_of, two_hosts
 from tests.ranks import train
 from tools.cluster_trials import equal_weights
 
@@ -29,6 +30,9 @@ STEPS, LIMIT = 24, 20
 END_SECONDS = 60  # until both sides have ended
 
 
+SFTP = "/usr/lib/openssh/sftp-server"  # what sshfs talks to, here without ssh between them
+
+
 class Trial:
     """A run on the two hosts, one rank each."""
 
@@ -36,13 +40,15 @@ class Trial:
         self.hosts, self.folder, self.run = hosts, folder, folder / "run"
         self.words = [*words, "--run_dir", str(self.run)]
 
-    def start(self, join: str, run_on=(0, 1)) -> list:
-        return [self.hosts[i].start(self.command(i, join), self.folder / f"log-{i}") for i in run_on]
+    def start(self, join: str, order=(0, 1)) -> list:
+        """order: the hosts, that of rank 0 first."""
+        return [self.hosts[i].start(self.command(order, i, join), self.folder / f"log-{i}") for i in order]
 
-    def command(self, number: int, join: str) -> list[str]:
+    def command(self, order: tuple[int, int], host: int, join: str) -> list[str]:
         """static: node numbers and a master; c10d: a rendezvous, below launch.node, as spknet submit starts it."""
+        number = order.index(host)
         ways = {
-            "static": ["--node-rank", number, "--master-addr", ADDRESSES[0], "--master-port", 15000],
+            "static": ["--node-rank", number, "--master-addr", ADDRESSES[order[0]], "--master-port", 15000],
             "c10d": ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:15000", "--rdzv-id", "a",
                      "--rdzv-conf", f"is_host={int(number == 0)}"],
         }  # fmt: skip
@@ -94,7 +100,7 @@ def shared_folder(tmp_path) -> Path:
 
 def assert_as(undisturbed: Path, trial: Trial) -> None:
     assert read_state(trial.run)["state"] == "done"
-    trace = [(line["step"], line["loss"]) for line in trial.lines()]
+    trace = [(line["step"], line["loss"]) for line in trial.lines() if "eval" not in line]
     assert trace == [(line["step"], line["loss"]) for line in read_metrics(undisturbed / "metrics.jsonl")]
     assert equal_weights(trial.run, undisturbed, STEPS)
 
@@ -142,4 +148,34 @@ def test_a_lost_host_ends_the_other_with_the_reason_and_the_run_goes_on(words, u
         assert said["state"] == "requeue" and "rank 1 (host-b) is" in said["reason"]
         # On the host that is left, with both ranks; the lock of the dead one there is no obstacle.
         assert trial.ends([hosts[0].start(trial.alone(), tmp_path / "log-0")], 240) == [0]
+    assert_as(undisturbed, trial)
+
+
+@pytest.mark.skipif(not shutil.which("sshfs") or not Path(SFTP).exists(), reason="needs sshfs and openssh-sftp-server")
+def test_a_mount_without_hard_links_that_shows_late_what_the_other_host_wrote(corpus, words, undisturbed, tmp_path):
+    """Data, lists and run folder on it. Stopped in the middle, the run goes on with rank 0 on the other host."""
+    server, share, ssh = tmp_path / "server", tmp_path / "share", tmp_path / "ssh"
+    shutil.copytree(corpus, server)
+    share.mkdir()
+    ssh.write_text(f"#!/bin/sh\nexec {SFTP}\n")
+    ssh.chmod(0o755)
+    words = [word.replace(str(corpus), str(share)) for word in words]
+    words += ["--eval.trials", f"{share}/test_list.txt", "--eval.root", str(share)]
+    mount = ["sshfs", "-f", "-o", f"ssh_command={ssh},disable_hardlink,cache_timeout=5", f"server:{server}", str(share)]
+    with two_hosts(tmp_path, [tmp_path]) as (hosts, _):
+        for host in hosts:
+            host.start(mount, tmp_path / "log-mounts")
+        trial = Trial(hosts, tmp_path, words)
+        trial.run, trial.words = server / "run", [*words, "--run_dir", str(share / "run")]
+        trial.until(
+            60, lambda: all(host.start(["mountpoint", "-q", str(share)], tmp_path / "m").wait() == 0 for host in hosts)
+        )
+        processes = trial.start("static")
+        trial.reach(7)
+        for process in processes:
+            os.kill(child_of(process.pid), signal.SIGTERM)
+        trial.ends(processes, 60)
+        assert read_state(trial.run)["state"] == "requeue" and read_state(trial.run)["step"] >= 7
+        assert trial.ends(trial.start("static", order=(1, 0)), 240) == [0, 0]
+    assert "EER" in (tmp_path / "log-1").read_text()
     assert_as(undisturbed, trial)
