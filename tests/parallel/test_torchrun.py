@@ -1,6 +1,7 @@
 """torchrun starts all ranks again after any error; a run that has ended for good makes it end, too."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--data.train_shards none", "error: none"),  # refused by every rank
-        ("--optim.lr 1e30 --optim.name sgd --train.max_steps 9", "is not finite"),  # fails while it runs
-    ],
-)
-def test_a_run_that_is_refused_or_fails_is_started_once(words, said, options, tmp_path):
+@pytest.mark.parametrize(("shards", "said"), [("none", "error: none"), ("cut", ".tar")])
+def test_a_run_that_is_refused_or_fails_is_started_once(shards, said, options, corpus, tmp_path):
+    """Refused by all ranks, or failed in the first step by one that cannot read its tar."""
+    shutil.copytree(corpus / "shards", tmp_path / "cut")
+    for tar in (tmp_path / "cut").glob("*.tar"):
+        os.truncate(tar, 2048)
+    words = ["--data.train_shards", shards if shards == "none" else str(tmp_path / shards)]
     agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
     logs = ["--log-dir", str(tmp_path / "logs"), "--redirects", "3"]
-    command = [sys.executable, *agent, *logs, "-m", "spknet.train", *options, *words.split()]
+    command = [sys.executable, *agent, *logs, "-m", "spknet.train", *options, *words]
     done = subprocess.run([*command, "--run_dir", str(tmp_path / "run")], cwd=ROOT, capture_output=True, timeout=300)
     assert done.returncode == 1
     assert [path.name for path in tmp_path.glob("logs/*/attempt_*")] == ["attempt_0"]
