@@ -208,7 +208,7 @@ def _fill(parameter, key: str, content: dict, optimizer, rows: tuple[torch.Tenso
         state = optimizer.state[parameter]
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             state[name] = (
-                value.clone() if isinstance(value, torch.Tensor) else value
+                value.to(parameter.device, copy=True) if isinstance(value, torch.Tensor) else value
             )  # counted up in place, by each piece
             continue
         if name not in state:
