@@ -14,7 +14,7 @@ import torch
 
 from spknet.config import ConfigError, LossConfig, OptimConfig, from_dict
 from spknet.losses import build_loss
-from spknet.losses.classification import cosines_of
+from spknet.losses.classification import AMSoftmax, cosines_of
 from spknet.train.optim import build_optimizer, learning_rate, margin
 
 FACTS = json.loads((Path(__file__).resolve().parents[1] / "reference" / "losses_modern.json").read_text())
