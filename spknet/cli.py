@@ -30,6 +30,7 @@ COMMANDS = {
         "export": ("spknet.checkpoints.export", "write a checkpoint in another program's format"),
         "recipes": ("spknet.train.recipes", "recipes with their cost and aim"),
         "info": ("spknet.models.describe", "parameters and multiply-adds of the networks"),
+        "bench": ("tools.bench.__main__", "speed of every part on this machine"),
     },
     "evaluate": {
         "trials": ("spknet.evaluate.make_trials", "make trials from a data set"),

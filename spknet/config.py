@@ -310,7 +310,7 @@ class EvalConfig:
     weights: Literal["averaged", "trained"] = option(
         "averaged", "averaged where the run averages (train.average_epochs, train.ema)"
     )
-    batch_seconds: float = option(60.0, "seconds of audio embedded in one forward pass", gt=0)
+    batch_seconds: float = option(0.0, "audio in one forward pass, s; 0: half of the GPU's memory, 60 on a CPU", ge=0)
 
 
 @dataclass(frozen=True, config=STRICT)
