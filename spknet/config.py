@@ -256,6 +256,7 @@ class TrainConfig:
     )
     channels_last: bool = option(False, "channels last in memory: faster convolutions in half precision")
     sync_batchnorm: bool = option(True, "BatchNorm statistics of the global batch")
+    batchnorm_groups: int = option(1, "of each of so many groups of it (docs/scaling.md); 0: frozen", ge=0)
     deterministic: bool = option(False, "deterministic kernels on the GPU; a CPU needs none")
     seed: int = option(0, "seed of weights, batches, crops and augmentation", ge=0, lt=2**32)
     average_epochs: int = option(0, "also keep the mean of the weights at the last so many epochs' ends; 0: none", ge=0)
@@ -309,7 +310,7 @@ class EvalConfig:
     weights: Literal["averaged", "trained"] = option(
         "averaged", "averaged where the run averages (train.average_epochs, train.ema)"
     )
-    batch_seconds: float = option(60.0, "seconds of audio embedded in one forward pass", gt=0)
+    batch_seconds: float = option(0.0, "audio in one forward pass, s; 0: half of the GPU's memory, 60 on a CPU", ge=0)
 
 
 @dataclass(frozen=True, config=STRICT)

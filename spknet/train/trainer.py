@@ -33,7 +33,7 @@ from spknet.losses import build_loss
 from spknet.losses.sharded import Sharded
 from spknet.messages import say, warn
 from spknet.models import build_model
-from spknet.parallel.batchnorm import globalize
+from spknet.parallel.batchnorm import check_groups, globalize
 from spknet.parallel.gradients import AveragedGradients
 from spknet.parallel.ranks import Ranks
 from spknet.parallel.together import agree, gather_objects, on_first, together
@@ -79,8 +79,9 @@ class Trainer:
         loss = build_loss(c.loss, c.model.embedding_size, self.corpus.n_classes, per_speaker)
         rng.initialize(model, c.train.seed)
         rng.initialize(loss, c.train.seed)
-        if c.train.sync_batchnorm and self.me.world_size > 1:
-            model = globalize(model)
+        check_groups(c.train.batchnorm_groups, c.data.speakers_per_batch)
+        if c.train.sync_batchnorm and (self.me.world_size > 1 or c.train.batchnorm_groups != 1):
+            model = globalize(model, c.train.batchnorm_groups)
         self.task = SpeakerTask(model, loss, per_speaker, c.train.precision).to(self.me.device, self.dtype)
         if c.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
