@@ -140,9 +140,8 @@ class ModelConfig:
         "auto", "whose version of the network, e.g. wespeaker, 3dspeaker, speechbrain; auto: its first"
     )
     two_emb_layer: bool | None = option(None, "ResNet: a second layer after the first; null: as in the variant")
-    agg_gnorm: bool = option(
-        False, "ReDimNet2: group norms where maps are summed; its recipes have them since July 2026"
-    )
+    pool_input: bool = option(False, "ECAPA: pool the features and their differences, too, beside the layers")
+    agg_gnorm: bool = option(False, "ReDimNet2: group norms where maps are summed, as in its recipes since July 2026")
 
     def __post_init__(self):
         names = [name for name in PUBLISHED if self.name.startswith(name)]
@@ -167,6 +166,7 @@ class FeaturesConfig:
     )
     hop_ms: float | None = option(None, "step from frame to frame, ms; null: 10, of redimnet 15", gt=0)
     remove_mean: bool = option(True, "each band minus its mean over the utterance")
+    batch_norm: bool = option(False, "then a BatchNorm of each band; with remove_mean false the spectrum's mean stays")
     normalize_wave: bool | None = option(
         None, "each wave minus its mean, over its deviation; null: tfmel yes, redimnet no"
     )
@@ -249,15 +249,16 @@ class TrainConfig:
 
     epochs: int = option(100, "passes over the training data", ge=1)
     max_steps: int | None = option(None, "stop after this many steps, whatever the epoch", ge=1)
-    precision: Literal["float32", "bf16", "fp16", "float64"] = option("float32", "arithmetic of the step")
+    precision: Literal["float32", "tf32", "bf16", "fp16", "float64"] = option("float32", "arithmetic of the step")
     compile: bool = option(False, "torch.compile the network")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
+        "default", "torch.compile's mode; reduce-overhead: by CUDA graphs"
+    )
     channels_last: bool = option(False, "channels last in memory: faster convolutions in half precision")
     sync_batchnorm: bool = option(True, "BatchNorm statistics of the global batch")
     deterministic: bool = option(False, "deterministic kernels on the GPU; a CPU needs none")
     seed: int = option(0, "seed of weights, batches, crops and augmentation", ge=0, lt=2**32)
-    average_epochs: int = option(
-        0, "also keep the mean of the weights at the ends of the last so many epochs; 0: none", ge=0
-    )
+    average_epochs: int = option(0, "also keep the mean of the weights at the last so many epochs' ends; 0: none", ge=0)
     ema: float = option(
         0.0, "also keep the exponential moving average of the weights, with this decay a step; 0: none", ge=0, lt=1
     )
@@ -271,9 +272,7 @@ class TrainConfig:
     initial_weights: Literal["averaged", "trained"] = option(
         "averaged", "which weights of initial_model, where it has averages"
     )
-    frozen: str | list[str] | None = option(
-        None, "parts of the network that are not trained, by the beginnings of their names"
-    )
+    frozen: str | list[str] | None = option(None, "parts of the network not trained, by the beginnings of their names")
     allow_partial: bool = option(False, "start although initial_model lacks weights or has others")
     timeout_seconds: float = option(
         600.0, "seconds without a step of some rank, saving included, until it is named and the run stops", gt=0

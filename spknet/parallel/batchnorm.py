@@ -99,6 +99,11 @@ def _is_channels_last(x: torch.Tensor) -> bool:
 
 _normalize.register_autograd(_autograd, setup_context=_setup)
 
+# Ranks meet in both: a compiler may leave no call out, merge no two, and must keep their order. (An older torch cannot be told so.)
+for operator in (_normalize, _backward):
+    if hasattr(operator, "register_effect"):
+        operator.register_effect(torch.library.EffectType.ORDERED)
+
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """A BatchNorm whose training statistics are those of all ranks' rows. x: (batch, channels, ...)."""
