@@ -140,9 +140,8 @@ class ModelConfig:
         "auto", "whose version of the network, e.g. wespeaker, 3dspeaker, speechbrain; auto: its first"
     )
     two_emb_layer: bool | None = option(None, "ResNet: a second layer after the first; null: as in the variant")
-    agg_gnorm: bool = option(
-        False, "ReDimNet2: group norms where maps are summed; its recipes have them since July 2026"
-    )
+    pool_input: bool = option(False, "ECAPA: pool the features and their differences, too, beside the layers")
+    agg_gnorm: bool = option(False, "ReDimNet2: group norms where maps are summed, as in its recipes since July 2026")
 
     def __post_init__(self):
         names = [name for name in PUBLISHED if self.name.startswith(name)]
@@ -167,6 +166,7 @@ class FeaturesConfig:
     )
     hop_ms: float | None = option(None, "step from frame to frame, ms; null: 10, of redimnet 15", gt=0)
     remove_mean: bool = option(True, "each band minus its mean over the utterance")
+    batch_norm: bool = option(False, "then a BatchNorm of each band; with remove_mean false the spectrum's mean stays")
     normalize_wave: bool | None = option(
         None, "each wave minus its mean, over its deviation; null: tfmel yes, redimnet no"
     )
@@ -249,8 +249,11 @@ class TrainConfig:
 
     epochs: int = option(100, "passes over the training data", ge=1)
     max_steps: int | None = option(None, "stop after this many steps, whatever the epoch", ge=1)
-    precision: Literal["float32", "bf16", "fp16", "float64"] = option("float32", "arithmetic of the step")
+    precision: Literal["float32", "tf32", "bf16", "fp16", "float64"] = option("float32", "arithmetic of the step")
     compile: bool = option(False, "torch.compile the network")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
+        "default", "torch.compile's mode; reduce-overhead: by CUDA graphs"
+    )
     channels_last: bool = option(False, "channels last in memory: faster convolutions in half precision")
     sync_batchnorm: bool = option(True, "BatchNorm statistics of the global batch")
     batchnorm_groups: int = option(1, "of each of so many groups of it (docs/scaling.md); 0: frozen", ge=0)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from spknet.config import ConfigError
+from spknet.parallel import batchnorm
 from spknet.parallel.batchnorm import GlobalBatchNorm, check_groups, globalize
 from spknet.parallel.gradients import AveragedGradients
 from tests.ranks import run_ranks
@@ -110,6 +111,27 @@ def test_the_operators_keep_what_they_declare_to_torch(layout, dtype):
     given = (torch.randn_like(y), x, weight, mean, variance, 1e-5)
     torch.library.opcheck(torch.ops.spknet.batch_norm_global_backward.default, given)
     assert torch.ops.spknet.batch_norm_global_backward(*given)[0].stride() == x.stride()
+
+
+@pytest.mark.parametrize("effect", [torch.library.EffectType.ORDERED, None])
+def test_a_compiler_keeps_every_meeting_of_the_ranks(effect, monkeypatch):
+    """Two equal calls, one of whose results nobody uses: of a pure operator one would be left."""
+    meetings = []
+    monkeypatch.setattr(batchnorm, "world_size", lambda: meetings.append(1) or 1)
+
+    def twice(x, weight):
+        torch.ops.spknet.batch_norm_global(x, weight, weight, 1e-5)
+        return torch.ops.spknet.batch_norm_global(x, weight, weight, 1e-5)[0]
+
+    torch.compiler.reset()
+    try:
+        batchnorm._normalize.register_effect(effect)
+        torch.compile(twice, backend="aot_eager_decomp_partition")(
+            torch.randn(4, 6, 5, requires_grad=True), torch.ones(6)
+        )
+    finally:
+        batchnorm._normalize.register_effect(torch.library.EffectType.ORDERED)
+    assert len(meetings) == (2 if effect else 1)
 
 
 GROUPS = 4
