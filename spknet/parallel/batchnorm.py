@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from spknet.config import ConfigError
-from spknet.parallel.gather import gather_detached, world_size
+from spknet.parallel.gather import exchange, gather_detached, world_size
 
 
 @torch.library.custom_op("spknet::batch_norm_global", mutates_args=())
@@ -172,7 +172,8 @@ def _average_running(model: nn.Module, _inputs, _output) -> None:
         return
     buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
     every = torch.cat(buffers)
-    dist.all_reduce(every)
+    with exchange:
+        dist.all_reduce(every)
     for buffer, mean in zip(buffers, (every / world_size()).split([len(buffer) for buffer in buffers])):
         buffer.copy_(mean)
 

@@ -134,9 +134,9 @@ model together.
 Nodes of {machine.node} GPUs. A GPU computes {peak:.0f} TFLOP/s in bf16, of which networks reach {machine.reached:.0%} (those
 with few channels reach less: their compute is longer and the shares below are smaller). A collective of few numbers takes
 {launch:.0f} us to launch, {inside:.1f} us for each step of a ring within the node and {between:.0f} us for each level of a
-tree over nodes. A GPU sends {fast:.0f} GB/s within the node and {slow:.0f} between nodes. Crops of 2 s, in bf16; gradients and statistics travel
-in float32. If your machine differs, change `Machine` in that file. Efficiency is compute over the whole step; the loss is
-one that compares utterances (a classification head alone has no such meetings).
+tree over nodes. A GPU sends {fast:.0f} GB/s within the node and {slow:.0f} between nodes. Crops of 2 s, in bf16;
+gradients and statistics travel in float32. If your machine differs, change `Machine` in that file. Efficiency is compute
+over the whole step; the loss is one that compares utterances (a classification head alone has no such meetings).
 
 ## 32 utterances a GPU
 
