@@ -15,19 +15,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from spknet.checkpoints import file as checkpoint
-from spknet.checkpoints import pieces as head
-from spknet.checkpoints.averages import with_averages
 from spknet.checkpoints.file import CheckpointError
-from spknet.checkpoints.head_rows import kept, load_head_by_speaker
 from spknet.config import ModelConfig
-from spknet.losses.classification import Classifier
-from spknet.losses.sharded import Sharded
 from spknet.models import MODELS
 
 HEAD = [
@@ -182,66 +175,25 @@ def load_into(model: nn.Module, loss: nn.Module | None, state: dict, allow_parti
     """
     theirs, their_loss = split(state)
     found, misfit = fit(model, theirs)
-    notes = _load(model, found, misfit, "network", allow_partial)
+    notes = load_fitting(model, found, misfit, "network", allow_partial)
     if loss is not None:
         found, misfit = fit(loss, their_loss)
-        notes += _load(loss, found, misfit, "loss", allow_partial=True)
+        notes += load_fitting(loss, found, misfit, "loss", allow_partial=True)
     return notes
 
 
-def load_initial(task, path: str, corpus, allow_partial: bool = False, weights: str = "averaged") -> list[str]:
-    """Starts a run from the weights of a checkpoint of spknet (a run folder or a file) or of voxceleb_trainer.
+def load_fitting(
+    module: nn.Module, found: dict[str, Tensor], misfit: Misfit, what: str, allow_partial: bool, options: str = ""
+) -> list[str]:
+    """Loads the entries that fit, returns a note where some did not; or raises CheckpointError, unless `allow_partial`.
 
-    weights: "averaged", where the checkpoint has averages, or "trained". task: has `model` and `loss`; corpus: its `utterances` name the speakers, so that a head of spknet finds its rows. Returns
-    notes; raises CheckpointError where the network does not fit.
+    options: of the command line that the file was made with, where they are known.
     """
-    if Path(path).is_dir():
-        found = checkpoint.newest(path, warn=print)
-        if found is None:
-            raise CheckpointError(f"{path} holds no checkpoints/step-*.pt; give a run folder or a checkpoint file")
-        path, state = found
-    else:
-        state = checkpoint.read(path)
-    start = f"starting from the weights of {path}"
-    if not checkpoint.is_ours(state):
-        return [start, *load_into(task.model, task.loss, state, allow_partial)]
-    if not isinstance(state.get("model"), dict) or not isinstance(state.get("loss"), dict):
-        raise CheckpointError(f"{path} lacks the weights of its network or loss; give another checkpoint")
-    state = with_averages(state, weights)
-    rate, ours = checkpoint.sample_rate(state), task.model.sample_rate
-    if rate != ours and not allow_partial:
-        raise CheckpointError(
-            f"{path} is of a network for {rate} Hz, the training data have {ours} Hz; give another checkpoint, or"
-            " --train.allow_partial true to start from its weights nonetheless"
-        )
-    own, theirs = task.model.state_dict(), state["model"]
-    fitting = {
-        key: value
-        for key, value in theirs.items()
-        if key in own and same_kind(value, own[key]) and value.shape == own[key].shape
-    }
-    misfit = Misfit(
-        [key for key in own if key not in theirs],
-        [key for key in theirs if key not in own],
-        [key for key in theirs if key in own and key not in fitting],
-    )
-    notes = _load(task.model, fitting, misfit, "network", allow_partial)
-    speakers = [str(name) for name in corpus.utterances.speakers]
-    labels = corpus.utterances.labels
-    if isinstance(task.loss, Sharded) or ("head" in state and isinstance(task.loss, Classifier)):
-        head.initialize(task.loss, path, state, speakers, labels)
-    else:
-        rows = load_head_by_speaker(task.loss, state, speakers, labels, corpus.classes_per_speaker)
-        task.loss.load_state_dict(rows)
-    has_rows = isinstance(task.loss, Sharded) or any(value.dim() for value in task.loss.state_dict().values())
-    return [start, *notes, *([kept(state, speakers)] if has_rows else [])]
-
-
-def _load(module: nn.Module, found: dict[str, Tensor], misfit: Misfit, what: str, allow_partial: bool) -> list[str]:
     if misfit and not allow_partial:
         raise CheckpointError(
             f"the checkpoint does not fit {type(module).__name__}: {misfit}. Give the options it was trained with"
-            " (--model.name, --model.encoder, --model.n_mels, ...), or --train.allow_partial true to start from what fits"
+            f" ({options or '--model.name, --model.encoder, --model.n_mels, ...'}), or --train.allow_partial true to start from"
+            " what fits"
         )
     module.load_state_dict(found, strict=False)
     return [f"warning: the {what} is loaded in part: {misfit}"] if misfit else []

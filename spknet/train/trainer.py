@@ -20,8 +20,9 @@ import torch
 from spknet import config as configuration
 from spknet import rng
 from spknet.checkpoints import file as checkpoint
-from spknet.checkpoints import pieces, voxceleb_trainer
+from spknet.checkpoints import pieces
 from spknet.checkpoints.head_rows import load_head_by_speaker
+from spknet.checkpoints.initial import load_initial
 from spknet.checkpoints.resume import check_resume, load_optimizer
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches
@@ -107,7 +108,7 @@ class Trainer:
                     say(note)
             elif c.initial_model:
                 how = (c.allow_partial, c.initial_weights)
-                for note in voxceleb_trainer.load_initial(self.task, c.initial_model, self.corpus, *how):
+                for note in load_initial(self.task, c.initial_model, self.corpus, *how):
                     say(note)
 
     def _load(self, state: dict, path: str) -> None:

@@ -25,7 +25,6 @@ from spknet import config as configuration
 from spknet.checkpoints.voxceleb_trainer import (
     guess_model,
     is_legacy_checkpoint,
-    load_initial,
     load_into,
     split,
     window_of,
@@ -40,7 +39,6 @@ __all__ = [
     "guess_model",
     "is_legacy",
     "is_legacy_checkpoint",
-    "load_initial",
     "load_into",
     "options",
     "translate",

@@ -14,6 +14,7 @@ from spknet.checkpoints import export
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints import voxceleb_trainer as legacy_state
 from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.initial import load_initial
 from spknet.config import Config, ConfigError, LossConfig, ModelConfig
 from spknet.losses import build_loss
 from spknet.models import build_model
@@ -339,16 +340,16 @@ def test_a_checkpoint_of_spknet_starts_a_run_and_its_head_finds_the_speakers(tmp
     task = SimpleNamespace(model=build_model(config), loss=build_loss(LossConfig(name="softmax"), 16, 2, 1))
     corpus = SimpleNamespace(utterances=SimpleNamespace(speakers=["cid", "dan"], labels=[0, 1]), classes_per_speaker=1)
     fresh = task.loss.weight[1].clone()
-    notes = legacy.load_initial(task, str(tmp_path / "a.pt"), corpus)
+    notes = load_initial(task, str(tmp_path / "a.pt"), corpus)
     head = "head: rows of 1 speakers kept, those of 1 begin anew"
     assert notes == [f"starting from the weights of {tmp_path / 'a.pt'}", head]
     assert torch.equal(task.model.head.fc.weight, old.head.fc.weight)
     assert torch.equal(task.loss.weight[0], old_loss.weight[2]) and torch.equal(task.loss.weight[1], fresh)
     task.model = build_model(ModelConfig(**SMALL, embedding_size=8))
     with pytest.raises(CheckpointError, match="2 misshapen: head.fc.weight"):
-        legacy.load_initial(task, str(tmp_path / "a.pt"), corpus)
+        load_initial(task, str(tmp_path / "a.pt"), corpus)
     with pytest.raises(CheckpointError, match="holds no checkpoints/step"):
-        legacy.load_initial(task, str(tmp_path), corpus)
+        load_initial(task, str(tmp_path), corpus)
 
 
 def test_export_writes_what_voxceleb_trainer_reads(tmp_path, capsys):
