@@ -23,6 +23,19 @@ from spknet.models import build_model
 PROJECTS = (redimnet, resemblyzer, threed_speaker, speechbrain, wespeaker)  # 3D-Speaker has SpeechBrain's names, too
 
 
+WANTED = (
+    "step",
+    "epoch",
+    "sample_rate",
+    "speakers",
+    "dev_speakers",
+    "labels",
+    "data_fingerprint",
+    "card",
+    "provenance",
+)
+
+
 def load_network(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -36,7 +49,7 @@ def load_network(
     weights: "averaged" (where the checkpoint has averages) or "trained"; None: the checkpoint's option eval.weights.
     model: the network's options, for voxceleb_trainer's files, which do not hold them; None: guessed from the weights.
     meta: path, step, epoch, sample_rate, speakers, dev_speakers, labels, data_fingerprint, card, provenance as far as the file has
-    them, and `recognized`, what another project's file was recognised as, which is also told. Raises CheckpointError.
+    them, and `kind`, what another project's file was recognised as, which is also told. Raises CheckpointError.
     """
     path = Path(path)
     if path.is_dir() and steps(path):
@@ -53,25 +66,16 @@ def load_network(
         load_weights(network, _weights(state, path, weights or config.eval.weights), f"{path}, `model`,")
     elif found := recognize(state, path):
         network, config = imports.build(found, path), Config(model=found.model, features=found.features)
-        meta |= {"recognized": found.what, "sample_rate": found.sample_rate}
+        meta |= {"kind": found.what, "sample_rate": found.sample_rate}
         say("; ".join([f"{path}: recognised as {found.what}", *found.notes]))
     else:
         config = Config(model=model or legacy.guess_model(state))
         network = build_model(config.model)
         legacy.load_into(network, None, state, allow_partial=False)
-        meta["recognized"] = f"voxceleb_trainer's {config.model.name}"
-    wanted = (
-        "step",
-        "epoch",
-        "sample_rate",
-        "speakers",
-        "dev_speakers",
-        "labels",
-        "data_fingerprint",
-        "card",
-        "provenance",
-    )
-    meta |= {name: state[name] for name in wanted if state.get(name) is not None} if is_ours(state) else {}
+        meta["kind"] = f"voxceleb_trainer's {config.model.name}"
+    if is_ours(state):
+        meta |= {name: state[name] for name in WANTED if state.get(name) is not None}
+        meta |= {name: value for name, value in meta.get("provenance", {}).items() if name == "kind"}
     return network.to(device).eval(), config, meta
 
 

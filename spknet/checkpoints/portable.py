@@ -1,8 +1,8 @@
 """A network to hand on, in one safetensors file: weights, what is needed to use them, and what is known of them.
 
     8 bytes                length of the header, little endian
-    header (JSON)          "__metadata__": {"format": "spknet network 1", "config", "sample_rate", "card", "provenance": JSON each,
-                           "sha256": of the above and of all tensors}, and for each tensor its type, shape and place
+    header (JSON)          "__metadata__": {"spknet": JSON {"format": "spknet network 1", "config", "sample_rate", "card",
+                           "provenance", "sha256": of all this and the tensors}}; for each tensor its type, shape and place
     tensors                of the network, averages taken; no head, no optimizer
 
 https://huggingface.co/docs/safetensors has the format; any program that knows it reads the tensors. `config` holds the options
@@ -27,6 +27,7 @@ import torch
 from shards.format import atomic_write
 from spknet import config as configuration
 from spknet.checkpoints import file as checkpoint
+from spknet.checkpoints.card import weights_digest
 from spknet.checkpoints.file import CheckpointError
 from spknet.config import Config
 
@@ -52,14 +53,16 @@ def read(path: str | Path) -> Any:
     try:
         with safetensors.safe_open(path, "pt") as file:
             said, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if said.get("format") != FORMAT:
+        if "spknet" not in said:
             return tensors
-        if said.get("sha256") != _digest(said, tensors):
+        facts = json.loads(said["spknet"])
+        if facts.pop("sha256") != _digest(facts, tensors):
             raise CheckpointError(f"{path} is damaged: its checksum does not fit; get it anew")
-        facts = {name: json.loads(said[name]) for name in ("config", "sample_rate", "card", "provenance")}
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        if facts.pop("format") != FORMAT:
+            raise CheckpointError(f"{path} is of another version of spknet; expected {FORMAT!r}")
+        kept = {name: facts["provenance"].get(name) for name in ("step", "epoch")}
+    except (safetensors.SafetensorError, LookupError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {str(error).splitlines()[0]}") from None
-    kept = {name: facts["provenance"].get(name) for name in ("step", "epoch")}
     return {"format": checkpoint.FORMAT, "model": tensors, **kept, **facts}
 
 
@@ -75,24 +78,23 @@ def is_safetensors(path: str | Path) -> bool:
 def save(path: str | Path, network: torch.nn.Module, config: Config, meta: dict[str, Any]) -> None:
     """Writes a network of spknet.checkpoints.network.load_network with its options, rate, card and provenance."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    said = {
+    facts = {
+        "format": FORMAT,
         "config": configuration.to_dict(without_paths(config)),
         "sample_rate": network.sample_rate,
         "card": meta.get("card"),
         "provenance": meta.get("provenance") or provenance(meta),
     }
-    texts = {"format": FORMAT} | {name: json.dumps(value) for name, value in said.items()}
-    texts["sha256"] = _digest(texts, tensors)
+    facts["sha256"] = _digest(facts, tensors)
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(tensors, texts))
+        file.write(safetensors.torch.save(tensors, {"spknet": json.dumps(facts)}))
 
 
 def provenance(meta: dict[str, Any]) -> dict[str, Any]:
     """Where a network comes from: file (name, sha256, what it was recognised as), step, epoch, version of spknet."""
     path = Path(meta["path"])
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
-    said = {name: meta[name] for name in ("recognized", "step", "epoch", "data_fingerprint") if name in meta}
+    digest = hashlib.sha256(path.read_bytes())
+    said = {name: meta[name] for name in ("kind", "step", "epoch", "data_fingerprint") if name in meta}
     return {"file": path.name, "sha256": digest.hexdigest(), "spknet": metadata.version("spknet")} | said
 
 
@@ -109,12 +111,5 @@ def without_paths(config: Config) -> Config:
     return dataclasses.replace(config, **groups)
 
 
-def _digest(texts: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(texts.keys() - {"sha256"}):
-        digest.update(f"{name}={texts[name]}\n".encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _digest(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(f"{json.dumps(facts, sort_keys=True)}\n{weights_digest(tensors)}".encode()).hexdigest()

@@ -137,7 +137,7 @@ def test_each_project_s_file_gives_the_embeddings_of_its_own_code(name, shared, 
     facts = facts_of(shared, name)
     path = write(name, facts, made_weights(facts["keys"]), tmp_path)
     network, config, meta = load_network(path.parent if path.name in ("avg_model.pt", "embedding_model.ckpt") else path)
-    assert meta["recognized"] == RECOGNIZED[name] and meta["sample_rate"] == 16000
+    assert meta["kind"] == RECOGNIZED[name] and meta["sample_rate"] == 16000
     assert sum(p.numel() for p in network.parameters()) == facts["parameters"]
     waves = next(i for i in facts["inputs"] if i["input"].startswith("waves"))
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_a_bare_file_of_a_network_that_two_projects_have_says_whose_it_is_taken_
     for weights, what in ((cam, "3D-Speaker's CAM++"), (resnet, "WeSpeaker's ResNet34")):
         torch.save(weights, tmp_path / "a.bin")
         _, _, meta = load_network(tmp_path / "a.bin")
-        assert meta["recognized"] == what
+        assert meta["kind"] == what
         assert re.search(f"a.bin: recognised as {re.escape(what)}; .*taken (for|to be)", capfd.readouterr().err)
 
 
@@ -281,7 +281,7 @@ def test_3d_speaker_s_ecapa_has_speechbrain_s_names_and_kaldi_s_features(shared,
     torch.save(weights, tmp_path / "ecapa_tdnn.bin")
     (tmp_path / "configuration.json").write_text('{"task": "speaker-verification"}')
     network, config, meta = load_network(tmp_path / "ecapa_tdnn.bin")
-    assert meta["recognized"] == "3D-Speaker's ECAPA-512" and network.variant == "speechbrain"
+    assert meta["kind"] == "3D-Speaker's ECAPA-512" and network.variant == "speechbrain"
     assert (config.features.name, config.features.window, config.features.scale) == ("kaldi", "povey", "unit")
 
 

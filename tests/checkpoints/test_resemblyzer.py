@@ -20,7 +20,7 @@ LISTS = ("test_list", "test_libri", "test_ocean")
 @pytest.fixture(scope="module")
 def network():
     network, config, meta = load_network(PUBLISHED)
-    assert meta["recognized"] == "Resemblyzer's GE2E-LSTM" and config.model.name == "GE2E-LSTM"
+    assert meta["kind"] == "Resemblyzer's GE2E-LSTM" and config.model.name == "GE2E-LSTM"
     return network
 
 

@@ -13,25 +13,27 @@ from pathlib import Path
 
 from spknet.checkpoints import portable
 from spknet.checkpoints.averages import CHOICES
-from spknet.checkpoints.network import load_network
+from spknet.checkpoints.card import to_dict
 from spknet.errors import UserError, run
+from spknet.use.network import load
 
 
 def convert(path: str | Path, out: str | Path, weights: str | None = None) -> str:
     """Writes the file and returns a sentence on it. Raises UserError.
 
-    weights: "averaged" or "trained"; None: as the run evaluates.
+    weights: "averaged" or "trained"; None: as the run evaluates. A card goes along that belongs to these weights.
     """
     if Path(out).suffix != ".safetensors":
         raise UserError(f"{out}: the file to hand on is a safetensors file; give a name that ends in .safetensors")
-    network, config, meta = load_network(path, weights=weights)
-    portable.save(out, network, config, meta)
-    size = sum(p.numel() for p in network.parameters())
+    network = load(path, "cpu", weights)
+    card = to_dict(network.card) if network.card else None
+    portable.save(out, network.model, network.config, network.meta | {"card": card})
+    size = sum(p.numel() for p in network.model.parameters())
+    source = f", from {network.meta['kind']}" if "kind" in network.meta else ""
     what = (
-        f"{config.model.name}, {config.model.embedding_size} dimensions, {network.sample_rate} Hz, {size:,} parameters"
+        f"{network.config.model.name}, {network.dimensions} dimensions, {network.sample_rate} Hz, {size:,} parameters"
     )
-    source = f", from {meta['recognized']}" if "recognized" in meta else ""
-    return f"{out}: {what}{source}, {'with its card' if meta.get('card') else 'without a card'}"
+    return f"{out}: {what}{source}; {'with its card' if card else network.uncalibrated}"
 
 
 def main(argv: list[str] | None = None) -> int:
