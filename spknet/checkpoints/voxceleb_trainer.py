@@ -2,7 +2,7 @@
 
     {"__S__.conv1.weight": ..., "__L__.w": ...}                       2020
     {"model_state_dict": {the same}, "optimizer_state_dict": ..., "scheduler_state_dict": ..., "epoch": ...}     newer
-    {"model": {"conv1.filterbank.low_hz_": ...}}                      RawNet3
+    {"model": {"conv1.filterbank.low_hz_": ...}}                      RawNet3; an optimizer, a scheduler and an epoch may lie beside
 
 `module.` may stand before keys of a network that was trained on several GPUs. One table of rules turns our names into
 theirs; reading goes through the same table backwards. A window or filter bank in the file replaces the network's own: it is
@@ -112,12 +112,17 @@ def their_name(module: nn.Module, key: str) -> str:
 
 
 def is_legacy_checkpoint(state: object) -> bool:
-    """Whether a file's content is one of the three wrappings above."""
+    """Whether a file's content is one of the wrappings above; what lies beside the weights (optimizer, epoch) does not count."""
     if not isinstance(state, dict) or "format" in state:
         return False
-    if "model_state_dict" in state or set(state) == {"model"}:
-        return True
-    return bool(state) and all(isinstance(v, Tensor) for v in state.values())
+    inner = _inner(state)
+    return "model_state_dict" in state or bool(inner) and all(isinstance(v, Tensor) for v in inner.values())
+
+
+def _inner(state: dict) -> dict:
+    """What the file holds of weights."""
+    wrapped = (state[name] for name in ("model_state_dict", "model") if isinstance(state.get(name), dict))
+    return next(wrapped, state)
 
 
 def split(state: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -128,9 +133,8 @@ def split(state: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             f"not a checkpoint of spknet or voxceleb_trainer: found {kind}; expected a state dict, alone, under"
             " model_state_dict or under model"
         )
-    inner = state.get("model_state_dict", state.get("model", state))
     network, loss = {}, {}
-    for key, value in inner.items():
+    for key, value in _inner(state).items():
         part, name = re.fullmatch(r"(?:module\.)*(?:__([SL])__\.)?(?:module\.)*(.*)", key).groups()
         (loss if part == "L" else network)[name] = value
     return network, loss

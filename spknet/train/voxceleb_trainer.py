@@ -227,8 +227,7 @@ def _start(flags: argparse.Namespace, seed: bool, notes: list[str]) -> dict[str,
     first = flags.initial_model or None
     if theirs and not ours and (seed or not first):
         notes.append(
-            f"note: training starts from {theirs[-1]}, voxceleb_trainer's last checkpoint in save_path; it holds weights"
-            " only, so epochs and learning rate begin anew"
+            f"note: training goes on from {theirs[-1]}, voxceleb_trainer's last checkpoint in save_path, with its next epoch"
         )
         return {"initial_model": str(theirs[-1])}
     if first and not seed and ours and not flags.eval:
