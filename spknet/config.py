@@ -140,9 +140,8 @@ class ModelConfig:
         "auto", "whose version of the network, e.g. wespeaker, 3dspeaker, speechbrain; auto: its first"
     )
     two_emb_layer: bool | None = option(None, "ResNet: a second layer after the first; null: as in the variant")
-    agg_gnorm: bool = option(
-        False, "ReDimNet2: group norms where maps are summed; its recipes have them since July 2026"
-    )
+    pool_input: bool = option(False, "ECAPA: pool the features and their differences, too, beside the layers")
+    agg_gnorm: bool = option(False, "ReDimNet2: group norms where maps are summed, as in its recipes since July 2026")
 
     def __post_init__(self):
         names = [name for name in PUBLISHED if self.name.startswith(name)]
@@ -167,6 +166,7 @@ class FeaturesConfig:
     )
     hop_ms: float | None = option(None, "step from frame to frame, ms; null: 10, of redimnet 15", gt=0)
     remove_mean: bool = option(True, "each band minus its mean over the utterance")
+    batch_norm: bool = option(False, "then a BatchNorm of each band; with remove_mean false the spectrum's mean stays")
     normalize_wave: bool | None = option(
         None, "each wave minus its mean, over its deviation; null: tfmel yes, redimnet no"
     )

@@ -103,7 +103,7 @@ def _weights(state: dict[str, Any], path: Path, which: str) -> Any:
 
 def _of_run(run_dir: Path) -> tuple[Path, dict[str, Any]]:
     there = steps(run_dir)
-    found = newest(run_dir, warn=warn, head=False)
+    found = newest(run_dir, warn=warn)
     best = (found[1].get("best") or {}).get("step")
     if best in there and best != found[1]["step"]:
         path = path_of(run_dir, best)

@@ -17,6 +17,10 @@
 `frames` runs in the precision of the autocast, `embed_frames` in its parameters': statistics in bfloat16 lose what
 they measure.
 
+`features.batch_norm` puts a BatchNorm over the bands between features and network, as `input_norm`. With
+`features.remove_mean false` the mean spectrum of an utterance stays: what voice, microphone and room have in common.
+Bands are then far from 0, which is what convolutions pad with and masks put in, until that norm brings them there.
+
 Frames. A pooling that needs a deviation needs two frames, so a network that strides time by s needs s + 1 frames of
 features (ResNet34: 9). Fewer are repeated from the first on until there are enough. Batches hold utterances of one
 length: training crops them so and evaluation groups them so. Padding would be frames like any others; only a network
@@ -34,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
+from spknet.models.features import apply_masks
 from spknet.models.front_ends import build_features
 from spknet.models.pooling import POOLINGS, fewest_frames
 
@@ -63,6 +68,7 @@ class Network(nn.Module):
         self.bands = self.features.bands
         # Of features; an utterance of fewer is repeated.
         self.fewest_frames = self.time_stride * (fewest_frames(config.encoder) - 1) + 1
+        self.input_norm = nn.BatchNorm1d(self.bands) if features and features.batch_norm else None
         self.build(config)
 
     def build(self, config: ModelConfig) -> None:
@@ -78,10 +84,14 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
-        return self.embed_features(self.features(waves, masks).mT)
+        if self.input_norm is None:
+            return self.embed_features(self.features(waves, masks).mT)
+        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
+            features = self.input_norm(self.features(waves))
+        return self.embed_features(apply_masks(features, masks).mT)
 
     def embed_features(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(batch, frames, bands) -> (batch, embedding_size).
+        """(batch, frames, bands), normalised by `input_norm` where there is one -> (batch, embedding_size).
 
         lengths (batch,): the part of each row's frames that is no padding, in (0, 1]; where `takes_lengths`.
         """

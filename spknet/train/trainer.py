@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,11 +98,10 @@ class Trainer:
     def resume(self) -> None:
         """Continues the run's newest checkpoint, or starts from other weights, as train.resume and initial_model say."""
         c = self.config.train
-        path = on_first("looking for the newest checkpoint", lambda: _starting_point(c.resume, self.config.run_dir))
-        self.continues = None if path is None else Path(path)
+        path, state = self._starting_point()
+        self.continues = path
         with together("reading the checkpoint"):
             if path is not None:
-                state = checkpoint.read(path)
                 notes = check_resume(state, path, self.config, self.corpus.fingerprint(), self.facts())
                 self._load(state, path)
                 for note in [f"continuing {path} at step {self.step}", *notes]:
@@ -116,9 +116,30 @@ class Trainer:
                 for note in notes:
                     say(note)
 
-    def _load(self, state: dict, path: str) -> None:
+    def _starting_point(self) -> tuple[Path, dict] | tuple[None, None]:
+        """The checkpoint to go on from and what is in it, when all of its files are whole; (None, None) to begin."""
+        resume, run_dir, below = self.config.train.resume, self.config.run_dir, math.inf
+        while True:
+            look = partial(_newest_or_named, resume, run_dir, below)
+            path = on_first("looking for the newest checkpoint", look)
+            if path is None:
+                return None, None
+            with together("reading the checkpoint"):
+                state = checkpoint.read(path)
+                own = pieces.damages(Path(path), state)
+            damages = sum(gather_objects(own), [])
+            with together("reading the checkpoint"):
+                if damages and path == resume:
+                    raise checkpoint.CheckpointError(f"{damages[0]}; use an earlier checkpoint")
+            if not damages:
+                return Path(path), state
+            for damage in damages:
+                warn(f"{damage} (using the one before it)")
+            below = state["step"]
+
+    def _load(self, state: dict, path: Path) -> None:
         checkpoint.load_weights(self.task.model, state["model"], f"{path}: the network")
-        moved = state["data_fingerprint"] != self.corpus.fingerprint()
+        moved, averages = state["data_fingerprint"] != self.corpus.fingerprint(), state.get("averaging")
         speakers, loss = (self.speakers(), self.corpus.utterances.labels), self.task.loss
         if isinstance(loss, Sharded):
             classes = pieces.classes_by_speaker(state, loss.n_classes, *speakers) if moved else None
@@ -133,7 +154,9 @@ class Trainer:
             load_optimizer(self.optimizer, state["optimizer"], path)
         if state["scaler"]:  # empty where the precision was another one
             self.scaler.load_state_dict(state["scaler"])
-        self.averaging.load(state.get("averaging"))
+        if moved and averages and averages["steps"]:
+            say("the averages of weights begin anew: the data are others")
+        self.averaging.load(None if moved else averages)
         self.step, self.window, self.best, self.seconds = (state[k] for k in ("step", "window", "best", "seconds"))
 
     def facts(self) -> dict:
@@ -269,10 +292,10 @@ class Trainer:
         self._saved_step, self.saved_at = self.step, time.monotonic()
 
 
-def _starting_point(resume: str, run_dir: str) -> str | None:
+def _newest_or_named(resume: str, run_dir: str, below: float) -> str | None:
     """The checkpoint to go on from; a start that carries on with an interrupted one always takes the newest."""
     if resume == "auto" or run_folder.carries_on(run_dir):
-        match = checkpoint.newest(run_dir, warn=warn)
+        match = checkpoint.newest(run_dir, warn, below)
         if match or resume in ("auto", "never"):
             return str(match[0]) if match else None
     return None if resume == "never" else resume
