@@ -24,6 +24,7 @@ READS = {
     "stats": ["IN"],
     "stage": ["IN", "OUT"],
     "train": ["--data.train_list", "IN", "--data.train_root", "CORPUS", "--run_dir", "OUT"],
+    "convert": ["IN", "OUT.safetensors"],
     "export": ["--checkpoint", "IN", "--to", "voxceleb_trainer", "--out", "OUT"],
     "trials": ["--list", "IN", "--all_speakers", "--out", "OUT"],
     "evaluate": ["--checkpoint", "IN", "--trials", "CORPUS/test_list.txt", "--root", "CORPUS", "--out", "OUT"],

@@ -9,6 +9,8 @@
     tfmel        the wave minus its mean, over its deviation; pre-emphasis; frames 80 samples outside; power and mel energies kept
                  in [1e-8, 1e8]; ln(mel + 1e-8), limits as redimnet's. ReDimNet2's, with its flaw: the bins' frequencies
                  are spread over 0 to half the rate without the last bin (256 of 257)
+    ge2e         frames centred, zeros outside; Hann; 25 ms DFT; triangles of equal area on Slaney's scale, 0 to half the rate;
+                 the energies themselves, no logarithm, no mean removed (features.remove_mean is not looked at). Resemblyzer's
 
 log_mel and spectrum of 2020 are in features.py. Every length is in proportion to the sample rate: windows of 25 ms, a DFT of
 the next power of two. A wave shorter than a window is repeated. Everything is one batched transform without a gradient, in the
@@ -66,6 +68,19 @@ def symmetric_filters(n_bins: int, n_mels: int, sample_rate: int) -> Tensor:
     corners = 700 * (10 ** (torch.linspace(0, 2595 * math.log10(1 + sample_rate / 2 / 700), n_mels + 2) / 2595) - 1)
     distance = (hz[:, None] - corners[1:-1]) / (corners[1:-1] - corners[:-2])
     return torch.minimum(1 + distance, 1 - distance).clamp(min=0)
+
+
+def slaney_filters(n_bins: int, n_mels: int, sample_rate: int) -> Tensor:
+    """Triangles of equal area on the scale of Slaney's Auditory Toolbox, as librosa has them: (n_bins, n_mels).
+
+    Up to 1000 Hz a step is 200/3 Hz; above it 27 steps are a factor of 6.4.
+    """
+    hz = torch.linspace(0, sample_rate / 2, n_bins, dtype=torch.float64)
+    steps = torch.linspace(0, 15 + 27 * math.log(sample_rate / 2000) / math.log(6.4), n_mels + 2, dtype=torch.float64)
+    corners = torch.where(steps < 15, steps * 200 / 3, 1000 * 6.4 ** ((steps - 15) / 27))
+    rising = (hz[:, None] - corners[:-2]) / (corners[1:-1] - corners[:-2])
+    falling = (corners[2:] - hz[:, None]) / (corners[2:] - corners[1:-1])
+    return (torch.minimum(rising, falling).clamp(min=0) * 2 / (corners[2:] - corners[:-2])).float()
 
 
 def emphasize(waves: Tensor) -> Tensor:
@@ -198,13 +213,25 @@ class TFMel(FrontEnd):
         return mel_energies(power, self.filters, self.spans).clamp_(1e-8, 1e8).add_(1e-8).log_()
 
 
+class GE2EMel(FrontEnd):
+    """Resemblyzer's mel spectrogram (librosa's)."""
+
+    def build(self, config: FeaturesConfig) -> None:
+        self.n_fft, self.remove_mean = self.length, False
+        window = torch.hann_window(self.length, dtype=torch.float64)
+        self.tables(window, slaney_filters(self.n_fft // 2 + 1, self.bands, self.sample_rate))
+
+    def energies(self, waves: Tensor) -> Tensor:
+        return self.power(self.frames(waves, self.length // 2)) @ self.filters
+
+
 def normalize(waves: Tensor) -> Tensor:
     """Each wave minus its mean, over its deviation: (batch, samples) -> the same shape."""
     waves = waves - waves.mean(dim=1, keepdim=True)
     return waves / (waves.square().mean(dim=1, keepdim=True).sqrt() + 1e-8)  # std_mean takes ten times as long on a CPU
 
 
-FRONT_ENDS = {"kaldi": Kaldi, "speechbrain": SpeechBrain, "redimnet": ReDimNetMel, "tfmel": TFMel}
+FRONT_ENDS = {"kaldi": Kaldi, "speechbrain": SpeechBrain, "redimnet": ReDimNetMel, "tfmel": TFMel, "ge2e": GE2EMel}
 
 # What a network of this variant was published with; what the user gives goes first.
 PUBLISHED = {
@@ -216,6 +243,7 @@ PUBLISHED = {
     "taoruijie": {"name": "redimnet", "hop_ms": 10.0},
     "redimnet": {"name": "redimnet"},
     "redimnet2": {"name": "tfmel"},
+    "resemblyzer": {"name": "ge2e"},
 }
 
 

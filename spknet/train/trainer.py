@@ -21,8 +21,9 @@ import torch
 from spknet import config as configuration
 from spknet import rng
 from spknet.checkpoints import file as checkpoint
-from spknet.checkpoints import pieces, voxceleb_trainer
+from spknet.checkpoints import pieces, voxceleb_trainer_state
 from spknet.checkpoints.head_rows import load_head_by_speaker
+from spknet.checkpoints.initial import load_initial
 from spknet.checkpoints.resume import check_resume, load_optimizer
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches
@@ -106,7 +107,12 @@ class Trainer:
                     say(note)
             elif c.initial_model:
                 how = (c.allow_partial, c.initial_weights)
-                for note in voxceleb_trainer.load_initial(self.task, c.initial_model, self.corpus, *how):
+                notes = load_initial(self.task, c.initial_model, self.corpus, *how)
+                if voxceleb_trainer_state.is_of_run(c.initial_model, self.config.run_dir):
+                    args = (c.initial_model, self.task, self.optimizer)
+                    epoch, more = voxceleb_trainer_state.continue_from(*args)
+                    self.step, notes = epoch * self.steps_per_epoch, notes + more
+                for note in notes:
                     say(note)
 
     def _starting_point(self) -> tuple[Path, dict] | tuple[None, None]:
