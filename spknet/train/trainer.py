@@ -138,8 +138,8 @@ class Trainer:
 
     def _load(self, state: dict, path: Path) -> None:
         checkpoint.load_weights(self.task.model, state["model"], f"{path}: the network")
-        moved, averages = state["data_fingerprint"] != self.corpus.fingerprint(), state.get("averaging")
         speakers, loss = (self.speakers(), self.corpus.utterances.labels), self.task.loss
+        moved = (state["speakers"], state["labels"]) != (speakers[0], speakers[1].tolist())
         if isinstance(loss, Sharded):
             classes = pieces.classes_by_speaker(state, loss.n_classes, *speakers) if moved else None
             trained = sum(p.requires_grad for p in self.task.model.parameters())
@@ -153,8 +153,9 @@ class Trainer:
             load_optimizer(self.optimizer, state["optimizer"], path)
         if state["scaler"]:  # empty where the precision was another one
             self.scaler.load_state_dict(state["scaler"])
+        averages = state.get("averaging")
         if moved and averages and averages["steps"]:
-            say("the averages of weights begin anew: the data are others")
+            say("the averages of weights begin anew: the speakers are others")
         self.averaging.load(None if moved else averages)
         self.step, self.window, self.best, self.seconds = (state[k] for k in ("step", "window", "best", "seconds"))
 
