@@ -70,7 +70,7 @@ def _of_run(run_dir: Path) -> tuple[Path, dict[str, Any]]:
     there = steps(run_dir)
     if not there:
         raise CheckpointError(f"{run_dir} holds no checkpoints/step-*.pt; give a run folder or a checkpoint file")
-    found = newest(run_dir, warn=warn, head=False)
+    found = newest(run_dir, warn=warn)
     best = (found[1].get("best") or {}).get("step")
     if best in there and best != found[1]["step"]:
         path = path_of(run_dir, best)

@@ -6,6 +6,8 @@ import torch
 from shards.pack import pack
 from spknet.checkpoints.averages import with_averages
 from spknet.checkpoints.file import newest
+from spknet.checkpoints.network import load_network
+from spknet.checkpoints.voxceleb_trainer import to_legacy
 from spknet.config import ConfigError
 from spknet.options import parse
 from spknet.parallel.ranks import Ranks
@@ -128,16 +130,17 @@ def test_fine_tuning_on_other_speakers_keeps_known_rows_and_watches_the_old_list
     assert len(moved) > 0.8 * len(set(after) - frozen - {name for name in after if name.startswith("features.")})
 
 
-def test_fine_tuning_goes_on_from_an_imported_checkpoint(speech, finished, tmp_path, capfd):
-    from spknet.checkpoints.network import load_network
-    from spknet.checkpoints.voxceleb_trainer import to_legacy
-
+@pytest.mark.parametrize("part", ["first", "fewer", "more"])
+def test_fine_tuning_with_a_large_margin_starts_from_an_imported_checkpoint(part, speech, finished, tmp_path, capfd):
     network, _, _ = load_network(finished)
     torch.save(to_legacy(network, None), tmp_path / "imported.model")
-    trainer = started(parse(fine(speech, tmp_path / "imported.model", "more", tmp_path / "a")))
-    for name, value in trainer.task.model.state_dict().items():
-        torch.testing.assert_close(value, network.state_dict()[name])
-    train(1, fine(speech, tmp_path / "imported.model", "more", tmp_path / "b"))
+    words = fine(speech, tmp_path / "imported.model", part, tmp_path / "run", "--optim.lr", "1e-9")
+    assert [line["step"] for line in train(1, words)] == [1, 2, 3]
+    assert "imported.model" in capfd.readouterr().err
+    after, _, meta = load_network(tmp_path / "run")
+    assert len(meta["speakers"]) == {"first": 16, "fewer": 12, "more": 24}[part]
+    for name, value in network.named_parameters():  # of theirs: three steps at 1e-9 move nothing
+        torch.testing.assert_close(after.get_parameter(name), value, rtol=0, atol=1e-5)
 
 
 def test_a_part_that_the_network_has_not_is_an_error(speech, finished, tmp_path):
