@@ -10,6 +10,7 @@ from spknet.errors import run
 BENCHMARKS = {
     "loader": "tools.bench.loader",
     "augment": "tools.bench.augment",
+    "embed": "tools.bench.embed",
     "exact": "tools.bench.exact",
     "head": "tools.bench.head",
     "score": "tools.bench.score",
