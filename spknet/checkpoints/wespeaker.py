@@ -65,6 +65,7 @@ def _features(data: dict, path: Path) -> FeaturesConfig:
     wrong = [] if kind in ("fbank", "tfmel") else [f"frontend {kind}"]
     wrong += [f"fbank_args.{name} {options[name]}" for name in ("frame_length",) if options.get(name, 25) != 25]
     cmvn = data.get("cmvn_args") or {}
+    wrong += [f"resample_rate {data['resample_rate']}"] if not isinstance(data.get("resample_rate", 1), int) else []
     wrong += ["cmvn_args.norm_var true"] if cmvn.get("norm_var") else []
     if wrong:
         raise CheckpointError(f"{path}: its config.yaml asks for {', '.join(wrong)}, which spknet has not")

@@ -240,6 +240,7 @@ def test_wespeaker_s_networks_and_features_that_are_not_here_are_named(shared, t
         ("{frontend: whisper}", "frontend whisper"),
         ("{cmvn_args: {norm_var: true}}", "cmvn_args.norm_var true"),
         ("{fbank_args: {frame_length: 20}}", "fbank_args.frame_length 20"),
+        ("{resample_rate: many}", "resample_rate many"),
     ):
         path = wespeaker_file(tmp_path, f"model: ECAPA\nmodel_args: {{}}\ndataset_args: {words}\n", shared)
         with pytest.raises(CheckpointError, match=f"its config.yaml asks for {problem}, which spknet has not"):
@@ -332,6 +333,28 @@ def test_a_configuration_is_read_without_running_anything(shared, tmp_path):
     with pytest.raises(CheckpointError, match="takes 80 mel bands; its hyperparams.yaml says 60"):
         load_network(path)
     assert not touched.exists()
+
+
+@pytest.mark.parametrize("said", ["{feat_dim: eighty}", "{feat_dim: -3}", "[80]", "{feat_dim: {a: 1}}"])
+def test_a_configuration_of_nonsense_is_one_sentence(said, shared, tmp_path):
+    path = wespeaker_file(tmp_path, f"model: ECAPA_TDNN_GLOB_c512\nmodel_args: {said}\n", shared)
+    with pytest.raises(CheckpointError, match="avg_model.pt: .*configuration"):
+        load_network(path)
+
+
+def test_shapes_of_nonsense_are_one_sentence(shared, tmp_path):
+    _, weights = cheap("ws-ECAPA-GLOB-c512-192", shared)
+    for shape in ((), (0,), (3, 0), (2, 2, 2, 2)):
+        for part in ("linear.", "layer1.bn.", "conv."):
+            broken = {k: torch.zeros(shape) if k.startswith(part) else v for k, v in weights.items()}
+            torch.save(broken, tmp_path / "a.pt")
+            with pytest.raises(CheckpointError, match="a.pt"):
+                load_network(tmp_path / "a.pt")
+    torch.save({"encoder.weight": torch.zeros(2), "encoder.bias": torch.zeros(2)}, tmp_path / "a.pt")
+    with pytest.raises(
+        CheckpointError, match="a.pt: none of the networks .*: found encoder.weight, encoder.bias, ..., and"
+    ):
+        load_network(tmp_path / "a.pt")
 
 
 def test_a_folder_without_any_network_says_what_was_looked_for(tmp_path):
