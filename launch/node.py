@@ -36,6 +36,7 @@ class Node:
         self.run_dir, self.before = run_dir, read_state(run_dir)  # every write has a time of its own
         self.torchrun: subprocess.Popen | None = None
         self.signalled = False
+        self.met = False  # whether the torchrun at which all meet has answered
 
     def state(self) -> dict:
         """state.json if this start has written it, else `running`: an earlier start's word does not count."""
@@ -71,12 +72,13 @@ class Node:
             if workers and state not in ("failed", "done"):
                 since = time.monotonic()
             limit = LIMITS.get(state, CLOSING_SECONDS)
-            if not workers and worked and self._meeting_point_is_gone():
+            if not (workers and self.met) and self._has_lost_the_meeting_point():
                 limit = CLOSING_SECONDS
             if (worked or state != "running") and time.monotonic() - since > limit:
                 self._end(state, len(workers))
 
-    def _meeting_point_is_gone(self) -> bool:
+    def _has_lost_the_meeting_point(self) -> bool:
+        """Whether the first node's torchrun has answered once and does no longer."""
         words = self.torchrun.args
         host, _, port = dict(zip(words, words[1:])).get("--rdzv-endpoint", "").rpartition(":")
         if not port.isdigit() or port == "0":  # on one node torchrun finds a free one
@@ -84,7 +86,8 @@ class Node:
         try:
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         except OSError:
-            return True
+            return self.met
+        self.met = True
         return False
 
     def _end(self, state: str, workers: int) -> None:

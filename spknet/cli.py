@@ -29,6 +29,7 @@ COMMANDS = {
         "voxceleb-trainer": ("spknet.train.voxceleb_trainer_command", "train with voxceleb_trainer's command line"),
         "export": ("spknet.checkpoints.export", "write a checkpoint in another program's format"),
         "recipes": ("spknet.train.recipes", "recipes with their cost and aim"),
+        "bench": ("tools.bench.__main__", "speed of every part on this machine"),
     },
     "evaluate": {
         "trials": ("spknet.evaluate.make_trials", "make trials from a data set"),

@@ -249,15 +249,17 @@ class TrainConfig:
 
     epochs: int = option(100, "passes over the training data", ge=1)
     max_steps: int | None = option(None, "stop after this many steps, whatever the epoch", ge=1)
-    precision: Literal["float32", "bf16", "fp16", "float64"] = option("float32", "arithmetic of the step")
+    precision: Literal["float32", "tf32", "bf16", "fp16", "float64"] = option("float32", "arithmetic of the step")
     compile: bool = option(False, "torch.compile the network")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
+        "default", "torch.compile's mode; reduce-overhead: by CUDA graphs"
+    )
     channels_last: bool = option(False, "channels last in memory: faster convolutions in half precision")
     sync_batchnorm: bool = option(True, "BatchNorm statistics of the global batch")
+    batchnorm_groups: int = option(1, "of each of so many groups of it (docs/scaling.md); 0: frozen", ge=0)
     deterministic: bool = option(False, "deterministic kernels on the GPU; a CPU needs none")
     seed: int = option(0, "seed of weights, batches, crops and augmentation", ge=0, lt=2**32)
-    average_epochs: int = option(
-        0, "also keep the mean of the weights at the ends of the last so many epochs; 0: none", ge=0
-    )
+    average_epochs: int = option(0, "also keep the mean of the weights at the last so many epochs' ends; 0: none", ge=0)
     ema: float = option(
         0.0, "also keep the exponential moving average of the weights, with this decay a step; 0: none", ge=0, lt=1
     )
@@ -271,9 +273,7 @@ class TrainConfig:
     initial_weights: Literal["averaged", "trained"] = option(
         "averaged", "which weights of initial_model, where it has averages"
     )
-    frozen: str | list[str] | None = option(
-        None, "parts of the network that are not trained, by the beginnings of their names"
-    )
+    frozen: str | list[str] | None = option(None, "parts of the network not trained, by the beginnings of their names")
     allow_partial: bool = option(False, "start although initial_model lacks weights or has others")
     timeout_seconds: float = option(
         600.0, "seconds without a step of some rank, saving included, until it is named and the run stops", gt=0
@@ -310,7 +310,7 @@ class EvalConfig:
     weights: Literal["averaged", "trained"] = option(
         "averaged", "averaged where the run averages (train.average_epochs, train.ema)"
     )
-    batch_seconds: float = option(60.0, "seconds of audio embedded in one forward pass", gt=0)
+    batch_seconds: float = option(0.0, "audio in one forward pass, s; 0: half of the GPU's memory, 60 on a CPU", ge=0)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -43,7 +43,7 @@ READS = {
     "resubmit": ["IN"],
     "submit": ["--executor", "local", "--", "--config", "IN", "--run_dir", "OUT"],
 }
-NO_INPUT = {"musan", "voxceleb", "synth", "recipes", "voxceleb-trainer"}  # downloads, or nothing to read
+NO_INPUT = {"musan", "voxceleb", "synth", "recipes", "bench", "voxceleb-trainer"}  # downloads, or nothing to read
 
 
 @pytest.fixture(scope="module")

@@ -234,7 +234,7 @@ def _rows(classes: np.ndarray, per_class: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _put(values: torch.Tensor, theirs: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor]) -> None:
-    values[places[0]] = theirs[places[1]].to(values)
+    values[places[0].to(values.device)] = theirs[places[1]].to(values)
 
 
 def _fill(kept: dict[str, Any], theirs: dict[str, Any], parameter, places: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -243,7 +243,7 @@ def _fill(kept: dict[str, Any], theirs: dict[str, Any], parameter, places: tuple
         if not isinstance(value, torch.Tensor):
             kept[name] = value
         elif value.dim() == 0:
-            kept[name] = value.clone()  # counted up in place, by each piece
+            kept[name] = value.to(parameter.device, copy=True)  # counted up in place, by each piece
         else:
             if name not in kept:
                 kept[name] = torch.zeros_like(parameter, requires_grad=False)

@@ -194,8 +194,8 @@ class Sharded(Loss):
         logits = self.logits(piece, leaves, targets, hardest)
         with torch.no_grad():
             slope = (logits - total[:, None].to(logits.dtype)).exp_()
-            row = (piece.columns(targets) >= 0).nonzero()[:, 0]
-            slope[row, piece.columns(targets)[row]] -= 1
+            column = piece.columns(targets)[:, None]
+            slope.scatter_add_(1, column.clamp(min=0), -(column >= 0).to(slope.dtype))
             slope *= scale
         return torch.autograd.grad(logits, leaves, slope)
 

@@ -31,12 +31,13 @@ from spknet.parallel import stacks
 from spknet.parallel.ranks import RankLost, Ranks, here, join, meet
 from spknet.parallel.together import Failed, agree, gather_objects, on_first, sentence, together
 from spknet.parallel.watchdog import CONTINUES, REQUEUE, Failure, Watchdog
-from spknet.train import run_folder, voxceleb_trainer
+from spknet.train import kernels, run_folder, voxceleb_trainer
 from spknet.train.lock import Owner, RunError, hold
 from spknet.train.run_folder import write_state
 from spknet.train.sidelines import Sidelines
 from spknet.train.signals import StopSignals
-from spknet.train.trainer import NonFiniteLoss, Trainer
+from spknet.train.told import NonFiniteLoss
+from spknet.train.trainer import Trainer
 
 # Words of collectives (gloo, NCCL) and of the store whose other end is gone.
 LOST = (
@@ -151,7 +152,7 @@ def _failed(run: Run, error: BaseException, watchdog: Watchdog) -> int:
 
 def _run(run: Run, config: Config, me: Ranks, watchdog: Watchdog, stop: StopSignals) -> int:
     """Checks, owns the run folder, trains; leaves state.json saying how it ended."""
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    kernels.choose(config.train, me.device)
     options = {f"option {k}": repr(v) for k, v in configuration.flatten(configuration.to_dict(config)).items()}
     versions = {f"version of {k}": v for k, v in run_folder.versions().items()}
     agree({"the code": run_folder.code_digest(), **versions, **options, "CPU threads": str(torch.get_num_threads())})
