@@ -257,6 +257,29 @@ def test_wespeaker_s_configuration_sets_rate_hop_and_pooling(shared, tmp_path):
     assert config.features.remove_mean is False
 
 
+def test_redimnet2_in_wespeaker_s_wrapping_has_the_front_end_of_its_configuration(shared, tmp_path):
+    facts = facts_of(shared, "redimnet2-b0")
+    weights = {k: v for k, v in made_weights(facts["keys"]).items() if not k.startswith("spec.")}
+    weights |= {f"frontend.{key}": table for key, table in tables("redimnet2-b0", facts["keys"]).items()}
+    torch.save(
+        weights | {"projection.weight": torch.zeros(60, 192), "projection.bias": torch.zeros(1, 1)},
+        tmp_path / "avg_model.pt",
+    )
+    said = "model: ReDimNet2B0\nmodel_args: {feat_dim: 72}\ndataset_args: {frontend: %s, cmvn: False, tfmel_args: {norm_signal: %s}}"
+    (tmp_path / "config.yaml").write_text(said % ("tfmel", "True"))
+    network, _, meta = load_network(tmp_path)
+    expected = next(i for i in facts["inputs"] if i["input"].startswith("waves"))["output_float64"]
+    with torch.no_grad():
+        found = network(reference_waves()[:2]).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert meta["kind"] == "WeSpeaker's ReDimNet2-B0"
+    (tmp_path / "config.yaml").write_text(said % ("tfmel", "False"))
+    assert load_network(tmp_path)[0].features.normalize is False
+    (tmp_path / "config.yaml").write_text(said % ("fbank", "True"))
+    features = load_network(tmp_path)[0].features
+    assert (type(features).__name__, features.scale, features.remove_mean) == ("Kaldi", 32768.0, False)
+
+
 def test_cam_of_192_dimensions_in_wespeaker_s_wrapping_gets_3d_speaker_s_features(shared, tmp_path):
     facts, weights = cheap("3ds-CAMPP-192", shared)
     torch.save(weights, tmp_path / "avg_model.pt")
