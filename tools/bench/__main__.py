@@ -16,6 +16,7 @@ BENCHMARKS = {
     "loader": "crops from shards, packing, the index",
     "augment": "augmented crops with features",
     "step": "a training step of each network: speed, memory",
+    "beside": "a training step beside voxceleb_trainer's",
     "head": "a head over many classes, whole and cut over ranks",
     "eval": "embedding of a list's utterances",
     "score": "scoring, error rates, intervals at VoxCeleb1's size",
