@@ -172,7 +172,8 @@ def read(path: str | Path) -> Any:
     except OSError as error:
         raise of_system(error) from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # a name may end in .safetensors, which torch would go by
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file, with advice that is not ours
         raise CheckpointError(_damaged(path, _reason(error))) from error
     return state

@@ -14,6 +14,7 @@ from spknet.models.campplus import CAMPlusPlus
 from spknet.models.dfresnet import DFResNet60, DFResNet114, DFResNet183, DFResNet237
 from spknet.models.ecapa import ECAPA, ECAPA512, ECAPA1024
 from spknet.models.eres2netv2 import ERes2NetV2
+from spknet.models.lstm import GE2ELSTM
 from spknet.models.network import Network
 from spknet.models.rawnet3 import RawNet3
 from spknet.models.redimnet import LAYOUTS, ReDimNet, ReDimNet2
@@ -48,6 +49,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "ECAPA-512": ECAPA512,
     "ECAPA-1024": ECAPA1024,
     "CAM++": CAMPlusPlus,
+    "GE2E-LSTM": GE2ELSTM,
     **{name: ReDimNet2 if name.startswith("ReDimNet2") else ReDimNet for name in LAYOUTS},
 }
 

@@ -110,14 +110,19 @@ class Network(nn.Module):
             x = x.to(next(self.parameters()).dtype)
             return self.embed_frames(x) if lengths is None else self.embed_frames(x, lengths)
 
+    def our_name(self, key: str) -> str:
+        """The name here of an official checkpoint's entry."""
+        for pattern, replacement in self.renames.get(self.variant, []):
+            key = re.sub(pattern, replacement, key)
+        return key
+
     def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """An official checkpoint's entries under our names; a 1x1 convolution that is a linear layer here is reshaped."""
         own, renamed = self.state_dict(), {}
         for key, value in state.items():
-            for pattern, replacement in self.renames.get(self.variant, []):
-                key = re.sub(pattern, replacement, key)
-            fits = key in own and own[key].numel() == value.numel()
-            renamed[key] = value.reshape(own[key].shape) if fits else value
+            key = self.our_name(key)
+            ones = (1,) * (value.dim() - own[key].dim()) if key in own else ()
+            renamed[key] = value.reshape(own[key].shape) if ones and value.shape == own[key].shape + ones else value
         return renamed
 
 

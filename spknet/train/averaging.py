@@ -6,8 +6,9 @@
 
 BatchNorm's statistics are averaged like weights; counters are those of the last step. Rows of a head that is cut over the
 ranks are averaged where they are, and stand in the files of its pieces. A run that continues with another length begins its
-mean anew where the last K epochs of the new length begin. Everything is in the checkpoint: a run that is
-killed goes on to the same bits. Evaluation during training sees the average as soon as there is one.
+mean anew where the last K epochs of the new length begin; one that continues with other speakers begins either anew.
+Everything is in the checkpoint: a run that is killed goes on to the same bits. Evaluation during training sees the average as
+soon as there is one.
 
     averaging = Averaging(config.train, task, steps_per_epoch, total_steps)
     averaging.update(step)                  # after each optimizer step, `step` of them done

@@ -21,8 +21,9 @@ import torch
 from spknet import config as configuration
 from spknet import rng
 from spknet.checkpoints import file as checkpoint
-from spknet.checkpoints import pieces, voxceleb_trainer
+from spknet.checkpoints import pieces, voxceleb_trainer_state
 from spknet.checkpoints.head_rows import load_head_by_speaker
+from spknet.checkpoints.initial import load_initial
 from spknet.checkpoints.resume import check_resume, load_optimizer
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches
@@ -33,7 +34,7 @@ from spknet.losses import build_loss
 from spknet.losses.sharded import Sharded
 from spknet.messages import say, warn
 from spknet.models import build_model
-from spknet.parallel.batchnorm import globalize
+from spknet.parallel.batchnorm import check_groups, globalize
 from spknet.parallel.gradients import AveragedGradients
 from spknet.parallel.ranks import Ranks
 from spknet.parallel.together import agree, gather_objects, on_first, together
@@ -79,8 +80,9 @@ class Trainer:
         loss = build_loss(c.loss, c.model.embedding_size, self.corpus.n_classes, per_speaker)
         rng.initialize(model, c.train.seed)
         rng.initialize(loss, c.train.seed)
-        if c.train.sync_batchnorm and self.me.world_size > 1:
-            model = globalize(model)
+        check_groups(c.train.batchnorm_groups, c.data.speakers_per_batch)
+        if c.train.sync_batchnorm and (self.me.world_size > 1 or c.train.batchnorm_groups != 1):
+            model = globalize(model, c.train.batchnorm_groups)
         self.task = SpeakerTask(model, loss, per_speaker, c.train.precision).to(self.me.device, self.dtype)
         if c.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
@@ -105,7 +107,12 @@ class Trainer:
                     say(note)
             elif c.initial_model:
                 how = (c.allow_partial, c.initial_weights)
-                for note in voxceleb_trainer.load_initial(self.task, c.initial_model, self.corpus, *how):
+                notes = load_initial(self.task, c.initial_model, self.corpus, *how)
+                if voxceleb_trainer_state.is_of_run(c.initial_model, self.config.run_dir):
+                    args = (c.initial_model, self.task, self.optimizer)
+                    epoch, more = voxceleb_trainer_state.continue_from(*args)
+                    self.step, notes = epoch * self.steps_per_epoch, notes + more
+                for note in notes:
                     say(note)
 
     def _starting_point(self) -> tuple[Path, dict] | tuple[None, None]:
@@ -131,8 +138,8 @@ class Trainer:
 
     def _load(self, state: dict, path: Path) -> None:
         checkpoint.load_weights(self.task.model, state["model"], f"{path}: the network")
-        moved, averages = state["data_fingerprint"] != self.corpus.fingerprint(), state.get("averaging")
         speakers, loss = (self.speakers(), self.corpus.utterances.labels), self.task.loss
+        moved = (state["speakers"], state["labels"]) != (speakers[0], speakers[1].tolist())
         if isinstance(loss, Sharded):
             classes = pieces.classes_by_speaker(state, loss.n_classes, *speakers) if moved else None
             trained = sum(p.requires_grad for p in self.task.model.parameters())
@@ -146,8 +153,9 @@ class Trainer:
             load_optimizer(self.optimizer, state["optimizer"], path)
         if state["scaler"]:  # empty where the precision was another one
             self.scaler.load_state_dict(state["scaler"])
+        averages = state.get("averaging")
         if moved and averages and averages["steps"]:
-            say("the averages of weights begin anew: the data are others")
+            say("the averages of weights begin anew: the speakers are others")
         self.averaging.load(None if moved else averages)
         self.step, self.window, self.best, self.seconds = (state[k] for k in ("step", "window", "best", "seconds"))
 
