@@ -17,7 +17,7 @@ COMMANDS = {
     "make data": {
         "lists": ("shards.make_lists", "a training list from a folder, a CSV or Kaldi's files"),
         "pack": ("shards.pack", "WAV, FLAC, ... files to tar shards"),
-        "verify": ("shards.verify", "check packed shards for damage"),
+        "check": ("shards.verify", "check packed shards for damage"),
         "stats": ("shards.info", "speakers, hours and durations of packed shards"),
         "stage": ("shards.stage", "copy shards to a node-local folder ahead of a run"),
         "musan": ("tools.musan", "noise and impulse responses to shards"),
@@ -29,13 +29,21 @@ COMMANDS = {
         "voxceleb-trainer": ("spknet.train.voxceleb_trainer_command", "train with voxceleb_trainer's command line"),
         "export": ("spknet.checkpoints.export", "write a checkpoint in another program's format"),
         "recipes": ("spknet.train.recipes", "recipes with their cost and aim"),
-        "info": ("spknet.models.describe", "parameters and multiply-adds of the networks"),
+        "bench": ("tools.bench.__main__", "speed of every part on this machine"),
     },
     "evaluate": {
         "trials": ("spknet.evaluate.make_trials", "make trials from a data set"),
         "evaluate": ("spknet.evaluate.__main__", "embed, score and report trials"),
-        "embed": ("spknet.evaluate.embed", "embeddings of audio files"),
         "compare": ("spknet.evaluate.compare", "put reports side by side"),
+    },
+    "use a network": {
+        "embed": ("spknet.use.embed", "embeddings of audio files"),
+        "verify": ("spknet.use.verify", "are two recordings of one speaker?"),
+        "enroll": ("spknet.use.enrolments", "remember a voice under a name"),
+        "identify": ("spknet.use.identify", "which enrolled voice is it?"),
+        "card": ("spknet.use.make_card", "calibrate a network and describe it"),
+        "convert": ("spknet.use.convert", "any checkpoint to one file to hand on"),
+        "info": ("spknet.use.info", "what a checkpoint is; which networks there are"),
     },
     "use a cluster": {
         "submit": ("launch.submit", "start a run on a SLURM cluster"),

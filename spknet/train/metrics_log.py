@@ -52,11 +52,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something done every `every` steps is to be done after this one; always after the last. 0: only then."""
-    return step == last or (every > 0 and step % every == 0)
-
-
 class MetricsLog:
     """Appends to RUN/metrics.jsonl and RUN/tensorboard. step: steps done; 0 starts anew.
 

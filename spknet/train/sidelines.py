@@ -6,6 +6,7 @@ with Sidelines(trainer, owner, watchdog, stop) as side: trainer.train(side)
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +19,16 @@ from spknet.data.batches import Batch, Batches
 from spknet.evaluate import evaluation
 from spknet.losses.sharded import Sharded
 from spknet.messages import Progress, say, warn
-from spknet.parallel.together import broadcast, on_first
+from spknet.parallel.ranks import meeting
+from spknet.parallel.together import broadcast, gather_objects, on_first
 from spknet.parallel.watchdog import Watchdog
 from spknet.train.kernels import of_varying_shapes
 from spknet.train.lock import Owner
 from spknet.train.meter import Meter
-from spknet.train.metrics_log import MetricsLog, is_due, profiler
+from spknet.train.metrics_log import MetricsLog, profiler
 from spknet.train.run_folder import write_state
 from spknet.train.signals import StopSignals
+from spknet.train.straggler import Straggler
 from spknet.train.trainer import Trainer
 
 DATA_LIMIT = 0.1  # share of the time spent waiting for data from which on the run says so
@@ -41,7 +44,7 @@ class Sidelines:
         self.run_dir = Path(self.config.run_dir)
         self.meter, self.log = Meter(trainer.me.device), None
         self.measured = 0  # steps whose time has been read
-        self.warned = False
+        self.warned, self.straggler = False, Straggler()
         self.stopped = False  # whether a signal came before the first step
         trainer.saved()
 
@@ -95,7 +98,7 @@ class Sidelines:
         self.progress.advance()
         if self.trace is not None:
             self.trace.step()
-        if is_due(t.step, self.config.log.every_steps, t.total_steps):
+        if t.step % self.config.log.every_steps == 0 or done:
             t.settle()
             self.write_metrics()
         evaluates, (stop, save) = self.evaluation_due(), t.asked
@@ -172,6 +175,7 @@ class Sidelines:
         per_step = self.config.data.speakers_per_batch * self.config.data.utterances_per_speaker
         seconds, parts = self.meter.read()
         speed, waited = n * per_step / seconds, min(1.0, parts["data"] / seconds)
+        own = gather_objects(round((sum(parts.values()) - parts["exchange"]) / n, 6))
         if self.log is not None:
             self.log.write(
                 {
@@ -184,9 +188,11 @@ class Sidelines:
                     "data_wait_fraction": waited,
                     "seconds": t.seconds + self.meter.elapsed(),
                     "step_seconds": {part: spent / n for part, spent in parts.items()},
+                    "rank_seconds": own,  # of each rank, a step, without the exchange between them
                 }
             )
             self._warn_of_data(waited)
+            self._warn_of_straggler(own)
         self.measured += n
         self.progress.advance(f"loss {loss:.3f} accuracy {accuracy:.1f} % {speed:.0f} utterances/s", by=0)
 
@@ -198,4 +204,13 @@ class Sidelines:
             warn(
                 f"training waits for its data {waited:.0%} of the time: give more --data.workers (now {workers}), a local disk"
                 " by --data.cache_dir, or less augmentation"
+            )
+
+    def _warn_of_straggler(self, seconds: list[float]) -> None:
+        slow = self.straggler.look(seconds) if self.measured >= FIRST_STEPS else None
+        if slow is not None:
+            others = statistics.median(seconds[:slow] + seconds[slow + 1 :])
+            warn(
+                f"rank {slow} ({meeting().peers[slow][0]}) keeps the others waiting: {seconds[slow]:.3g} s a step of its own,"
+                f" the others {others:.3g} s; look at what else runs there, at its disk and its clock"
             )

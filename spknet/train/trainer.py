@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,9 @@ import torch
 from spknet import config as configuration
 from spknet import rng
 from spknet.checkpoints import file as checkpoint
-from spknet.checkpoints import pieces, voxceleb_trainer
+from spknet.checkpoints import pieces, voxceleb_trainer_state
 from spknet.checkpoints.head_rows import load_head_by_speaker
+from spknet.checkpoints.initial import load_initial
 from spknet.checkpoints.resume import check_resume, load_optimizer
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches
@@ -32,10 +34,10 @@ from spknet.losses import build_loss
 from spknet.losses.sharded import Sharded
 from spknet.messages import say, warn
 from spknet.models import build_model
-from spknet.parallel.batchnorm import globalize
+from spknet.parallel.batchnorm import check_groups, globalize
 from spknet.parallel.gradients import AveragedGradients
 from spknet.parallel.ranks import Ranks
-from spknet.parallel.together import agree, on_first, together
+from spknet.parallel.together import agree, gather_objects, on_first, together
 from spknet.train import run_folder
 from spknet.train.averaging import Averaging
 from spknet.train.optim import build_optimizer, clip_gradients, learning_rate, margin, set_rate, total_norm
@@ -78,8 +80,9 @@ class Trainer:
         loss = build_loss(c.loss, c.model.embedding_size, self.corpus.n_classes, per_speaker)
         rng.initialize(model, c.train.seed)
         rng.initialize(loss, c.train.seed)
-        if c.train.sync_batchnorm and self.me.world_size > 1:
-            model = globalize(model)
+        check_groups(c.train.batchnorm_groups, c.data.speakers_per_batch)
+        if c.train.sync_batchnorm and (self.me.world_size > 1 or c.train.batchnorm_groups != 1):
+            model = globalize(model, c.train.batchnorm_groups)
         self.task = SpeakerTask(model, loss, per_speaker, c.train.precision).to(self.me.device, self.dtype)
         if c.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
@@ -94,24 +97,49 @@ class Trainer:
     def resume(self) -> None:
         """Continues the run's newest checkpoint, or starts from other weights, as train.resume and initial_model say."""
         c = self.config.train
-        path = on_first("looking for the newest checkpoint", lambda: _starting_point(c.resume, self.config.run_dir))
-        self.continues = None if path is None else Path(path)
+        path, state = self._starting_point()
+        self.continues = path
         with together("reading the checkpoint"):
             if path is not None:
-                state = checkpoint.read(path)
                 notes = check_resume(state, path, self.config, self.corpus.fingerprint(), self.facts())
                 self._load(state, path)
                 for note in [f"continuing {path} at step {self.step}", *notes]:
                     say(note)
             elif c.initial_model:
                 how = (c.allow_partial, c.initial_weights)
-                for note in voxceleb_trainer.load_initial(self.task, c.initial_model, self.corpus, *how):
+                notes = load_initial(self.task, c.initial_model, self.corpus, *how)
+                if voxceleb_trainer_state.is_of_run(c.initial_model, self.config.run_dir):
+                    args = (c.initial_model, self.task, self.optimizer)
+                    epoch, more = voxceleb_trainer_state.continue_from(*args)
+                    self.step, notes = epoch * self.steps_per_epoch, notes + more
+                for note in notes:
                     say(note)
 
-    def _load(self, state: dict, path: str) -> None:
+    def _starting_point(self) -> tuple[Path, dict] | tuple[None, None]:
+        """The checkpoint to go on from and what is in it, when all of its files are whole; (None, None) to begin."""
+        resume, run_dir, below = self.config.train.resume, self.config.run_dir, math.inf
+        while True:
+            look = partial(_newest_or_named, resume, run_dir, below)
+            path = on_first("looking for the newest checkpoint", look)
+            if path is None:
+                return None, None
+            with together("reading the checkpoint"):
+                state = checkpoint.read(path)
+                own = pieces.damages(Path(path), state)
+            damages = sum(gather_objects(own), [])
+            with together("reading the checkpoint"):
+                if damages and path == resume:
+                    raise checkpoint.CheckpointError(f"{damages[0]}; use an earlier checkpoint")
+            if not damages:
+                return Path(path), state
+            for damage in damages:
+                warn(f"{damage} (using the one before it)")
+            below = state["step"]
+
+    def _load(self, state: dict, path: Path) -> None:
         checkpoint.load_weights(self.task.model, state["model"], f"{path}: the network")
-        moved = state["data_fingerprint"] != self.corpus.fingerprint()
         speakers, loss = (self.speakers(), self.corpus.utterances.labels), self.task.loss
+        moved = (state["speakers"], state["labels"]) != (speakers[0], speakers[1].tolist())
         if isinstance(loss, Sharded):
             classes = pieces.classes_by_speaker(state, loss.n_classes, *speakers) if moved else None
             trained = sum(p.requires_grad for p in self.task.model.parameters())
@@ -125,7 +153,10 @@ class Trainer:
             load_optimizer(self.optimizer, state["optimizer"], path)
         if state["scaler"]:  # empty where the precision was another one
             self.scaler.load_state_dict(state["scaler"])
-        self.averaging.load(state.get("averaging"))
+        averages = state.get("averaging")
+        if moved and averages and averages["steps"]:
+            say("the averages of weights begin anew: the speakers are others")
+        self.averaging.load(None if moved else averages)
         self.step, self.window, self.best, self.seconds = (state[k] for k in ("step", "window", "best", "seconds"))
 
     def facts(self) -> dict:
@@ -239,10 +270,10 @@ class Trainer:
         self.asked[1] = False
 
 
-def _starting_point(resume: str, run_dir: str) -> str | None:
+def _newest_or_named(resume: str, run_dir: str, below: float) -> str | None:
     """The checkpoint to go on from; a start that carries on with an interrupted one always takes the newest."""
     if resume == "auto" or run_folder.carries_on(run_dir):
-        match = checkpoint.newest(run_dir, warn=warn)
+        match = checkpoint.newest(run_dir, warn, below)
         if match or resume in ("auto", "never"):
             return str(match[0]) if match else None
     return None if resume == "never" else resume

@@ -14,6 +14,7 @@ from spknet.checkpoints import export
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints import voxceleb_trainer as legacy_state
 from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.initial import load_initial
 from spknet.config import Config, ConfigError, LossConfig, ModelConfig
 from spknet.losses import build_loss
 from spknet.models import build_model
@@ -210,7 +211,9 @@ def test_which_weights_a_run_starts_from(tmp_path):
         (tmp_path / "model" / f"model{epoch:09d}.model").touch()
     line = f"--model VGGVox --trainfunc softmax --save_path {tmp_path} --initial_model first.model"
     seed, newer = (legacy.translate(f"{line} --legacy.version {v}".split()) for v in ("seed", "newer"))
-    assert seed.config.train.initial_model.endswith("model000000020.model") and "begin anew" in "\n".join(seed.notes)
+    assert seed.config.train.initial_model.endswith("model000000020.model") and "with its next epoch" in "\n".join(
+        seed.notes
+    )
     assert newer.config.train.initial_model == "first.model"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000001.pt").touch()
@@ -229,10 +232,13 @@ def wrappings(model: torch.nn.Module, loss: torch.nn.Module) -> dict[str, dict]:
         "newer": {"model_state_dict": old, "optimizer_state_dict": {}, "scheduler_state_dict": {}, "epoch": 3},
         "newer, several GPUs": {"model_state_dict": {f"module.{k}": v for k, v in old.items()}, "epoch": 3},
         "RawNet3": {"model": bare},
+        "with its training": {"model": bare, "optimizer": {"state": {}}, "scheduler": {"last_epoch": 3}, "epoch": 3},
     }
 
 
-@pytest.mark.parametrize("form", ["2020", "several GPUs", "newer", "newer, several GPUs", "RawNet3"])
+@pytest.mark.parametrize(
+    "form", ["2020", "several GPUs", "newer", "newer, several GPUs", "RawNet3", "with its training"]
+)
 @pytest.mark.parametrize("name, encoder", [("ResNetSE34L", "ASP"), ("ResNetSE34V2", "SAP"), ("RawNet3", "ECA")])
 def test_a_checkpoint_comes_back_from_each_wrapping(form, name, encoder, tmp_path):
     options = {"name": name, "encoder": encoder}
@@ -242,10 +248,11 @@ def test_a_checkpoint_comes_back_from_each_wrapping(form, name, encoder, tmp_pat
     state = checkpoint.read(tmp_path / "a.model")  # by weights_only
     assert legacy.is_legacy_checkpoint(state)
     other, other_loss = small(**options), build_loss(LossConfig(name="amsoftmax"), 16, 7, 1)
-    assert legacy.load_into(other, other_loss if form != "RawNet3" else None, state) == []
+    bare = form in ("RawNet3", "with its training")  # without the loss
+    assert legacy.load_into(other, None if bare else other_loss, state) == []
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
-    assert torch.equal(loss.weight, other_loss.weight) == (form != "RawNet3")
+    assert torch.equal(loss.weight, other_loss.weight) != bare
 
 
 def test_names_and_shapes_are_voxceleb_trainers():
@@ -301,7 +308,9 @@ def test_another_loss_starts_anew_with_a_note():
 
 
 def test_what_is_no_checkpoint_is_said():
-    with pytest.raises(CheckpointError, match="not a checkpoint of spknet or voxceleb_trainer: found keys a, b"):
+    with pytest.raises(
+        CheckpointError, match="not a checkpoint of spknet or of a project that it reads: found keys a, b"
+    ):
         legacy.load_into(small(), None, {"a": 1, "b": 2})
 
 
@@ -339,16 +348,16 @@ def test_a_checkpoint_of_spknet_starts_a_run_and_its_head_finds_the_speakers(tmp
     task = SimpleNamespace(model=build_model(config), loss=build_loss(LossConfig(name="softmax"), 16, 2, 1))
     corpus = SimpleNamespace(utterances=SimpleNamespace(speakers=["cid", "dan"], labels=[0, 1]), classes_per_speaker=1)
     fresh = task.loss.weight[1].clone()
-    notes = legacy.load_initial(task, str(tmp_path / "a.pt"), corpus)
+    notes = load_initial(task, str(tmp_path / "a.pt"), corpus)
     head = "head: rows of 1 speakers kept, those of 1 begin anew"
     assert notes == [f"starting from the weights of {tmp_path / 'a.pt'}", head]
     assert torch.equal(task.model.head.fc.weight, old.head.fc.weight)
     assert torch.equal(task.loss.weight[0], old_loss.weight[2]) and torch.equal(task.loss.weight[1], fresh)
     task.model = build_model(ModelConfig(**SMALL, embedding_size=8))
     with pytest.raises(CheckpointError, match="2 misshapen: head.fc.weight"):
-        legacy.load_initial(task, str(tmp_path / "a.pt"), corpus)
+        load_initial(task, str(tmp_path / "a.pt"), corpus)
     with pytest.raises(CheckpointError, match="holds no checkpoints/step"):
-        legacy.load_initial(task, str(tmp_path), corpus)
+        load_initial(task, str(tmp_path), corpus)
 
 
 def test_export_writes_what_voxceleb_trainer_reads(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """A training step of ResNetSE34L beside voxceleb_trainer's, in one run: features, network, angular prototypical loss, Adam.
 
-    python -m tools.bench beside [--speakers 40] [--threads 2] [--steps 5]
+    spknet bench beside [--speakers 40] [--threads 2] [--steps 5]
 
 Theirs is written anew after voxceleb_trainer's ResNetSE34L.py, ResNetBlocks.py and angleproto.py (2020): torchaudio's MelSpectrogram, NCHW,
 float32, as its code trains on a CPU. Ours is what `spknet train` does in a step, float32 and bf16, channels last. Steps alternate on the same
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 
 from spknet.config import LossConfig, ModelConfig, OptimConfig
 from spknet.data.mixing import mix
-from spknet.errors import run
 from spknet.losses import build_loss
 from spknet.models import build_model
 from spknet.parallel.gradients import AveragedGradients
 from spknet.train.optim import build_optimizer, total_norm
 from spknet.train.step import SpeakerTask, step_at_once
+from tools.bench.table import Row
 
 FRAMES, M = 200, 2
 
@@ -137,12 +136,13 @@ def ours(crops: Tensor, precision: str) -> Callable[[], None]:
     return step
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench beside", description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speakers", type=int, default=40, help="N of a batch; M is 2, crops have 200 frames")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="steps of each that are timed, after one that is not")
-    chosen = parser.parse_args(argv)
+
+
+def rows(chosen: argparse.Namespace) -> Iterator[Row]:
     torch.set_num_threads(chosen.threads)
     clock = time.process_time if chosen.threads == 1 else time.perf_counter
     generator = torch.Generator().manual_seed(0)
@@ -159,13 +159,7 @@ def main(argv: list[str] | None = None) -> int:
             begun = clock()
             step()
             seconds[name].append(clock() - begun)
-    print(f"ResNetSE34L, angleproto, N={chosen.speakers}, M={M}, {FRAMES} frames, {chosen.threads} threads; s a step")
-    median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    for name, value in median.items():
-        pairs = [a / b for a, b in zip(seconds["theirs, float32"][1:], seconds[name][1:])]
-        print(f"{name:18} {value:7.3f}   {statistics.median(pairs):5.2f} x (from {min(pairs):.2f} to {max(pairs):.2f})")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))
+    speed = {name: len(crops) / statistics.median(values[1:]) for name, values in seconds.items()}
+    yield Row("theirs, float32", speed["theirs, float32"], "utterances/s")
+    for name in ("ours, float32", "ours, bf16"):
+        yield Row(name, speed[name], "utterances/s", speed[name] / speed["theirs, float32"], "theirs")
