@@ -12,6 +12,7 @@ from tools.bench.__main__ import BENCHMARKS, main
 from tools.bench.table import Row
 
 FEW = {
+    "embed": "--files 3 --rounds 1 --threads 1 --only speed",
     "eval": "--utterances 3 --crops 2 --runs 1",
     "end_to_end": "--steps 2 --speakers 2 --words --model.width 0.25 --data.crop_seconds 0.5 --train.device cpu",
     "beside": "--speakers 2 --threads 1 --steps 1",

@@ -19,6 +19,7 @@ BENCHMARKS = {
     "beside": "a training step beside voxceleb_trainer's",
     "head": "a head over many classes, whole and cut over ranks",
     "eval": "embedding of a list's utterances",
+    "embed": "spknet.load's embed: a list beside one file after the other; memory of an hour",
     "score": "scoring, error rates, intervals at VoxCeleb1's size",
     "scaling": "1 and more ranks here; what exactness costs; a model of 8 to 512 GPUs",
     "end_to_end": "from the command to the first steps",
