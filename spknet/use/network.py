@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from spknet.checkpoints import card as cards
-from spknet.checkpoints.card import Card, CardError
+from spknet.checkpoints.card import Card
 from spknet.checkpoints.network import load_network
 from spknet.config import Config
 from spknet.errors import UserError
@@ -183,6 +183,3 @@ def mean_voice(vectors: list[np.ndarray]) -> np.ndarray:
 def cosine(left: np.ndarray, right: np.ndarray) -> float:
     """Inner product of unit vectors (D,), in float64."""
     return float(np.dot(left.astype(np.float64), right.astype(np.float64)))
-
-
-__all__ = ["Card", "CardError", "Network", "Report", "System", "Verdict", "load"]
