@@ -27,9 +27,12 @@ COMMANDS = {
     "train": {
         "train": ("spknet.train.__main__", "train a network"),
         "voxceleb-trainer": ("spknet.train.voxceleb_trainer_command", "train with voxceleb_trainer's command line"),
-        "export": ("spknet.checkpoints.export", "write a checkpoint in another program's format"),
+        "export": ("spknet.use.export", "write a network as ONNX, .pt2 or for voxceleb_trainer"),
         "recipes": ("spknet.train.recipes", "recipes with their cost and aim"),
         "info": ("spknet.models.describe", "parameters and multiply-adds of the networks"),
+    },
+    "use": {
+        "doctor": ("spknet.use.doctor", "what this machine lacks, with remedies"),
     },
     "evaluate": {
         "trials": ("spknet.evaluate.make_trials", "make trials from a data set"),

@@ -15,6 +15,7 @@ FLOORS = [
     ["spknet.losses"],
     ["spknet.checkpoints"],
     ["spknet.evaluate"],
+    ["spknet.use"],
     ["spknet.train"],
     ["spknet", "spknet.distributed", "spknet.cli", "spknet.__main__"],
     ["launch"],

@@ -45,6 +45,33 @@ def pre_emphasis(waves: Tensor, taps: Tensor) -> Tensor:
     return taps[0] * previous + taps[1] * waves
 
 
+def at_least(x: Tensor, fewest: int, dim: int) -> Tensor:
+    """The same, or along `dim` over and over from its start until there are `fewest`."""
+    n = x.shape[dim]
+    if not torch.compiler.is_exporting() and n >= fewest:  # an exported graph is for every length: no branch on n
+        return x
+    times = [1] * x.ndim
+    times[dim] = torch.sym_max(1, (fewest + n - 1) // n)
+    return x.repeat(times).narrow(dim, 0, torch.sym_max(n, fewest))
+
+
+def power_spectrum(frames: Tensor, window: Tensor, n_fft: int) -> Tensor:
+    """|DFT|^2 of windowed frames: (batch, frames, length) -> (batch, frames, n_fft / 2 + 1)."""
+    frames = frames * window
+    if torch.compiler.is_exporting():  # a sum of products, which every runtime computes alike, in place of an FFT
+        real, imaginary = (frames @ table for table in dft(frames.shape[2], n_fft, window))
+        return real.square() + imaginary.square()
+    parts = torch.view_as_real(torch.fft.rfft(frames, n_fft))
+    return parts[..., 0].square() + parts[..., 1].square()  # a sum over an axis of 2 takes five times as long
+
+
+def dft(length: int, n_fft: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2 pi k t / n_fft: (length, n_fft / 2 + 1) each."""
+    turns = torch.arange(length)[:, None] * torch.arange(n_fft // 2 + 1) % n_fft
+    angles = 2 * math.pi / n_fft * turns.double()
+    return angles.cos().to(like), angles.sin().to(like)
+
+
 def apply_masks(features: Tensor, masks: Tensor | None) -> Tensor:
     """Sets masked bands and frames to 0, the mean of normalised features.
 
@@ -119,8 +146,6 @@ class Spectrum(nn.Module):
         """|FFT|^2 of windowed frames: (batch, frames, bins)."""
         if center:
             waves = F.pad(waves[:, None], (self.n_fft // 2, self.n_fft // 2), mode="reflect")[:, 0]
-        spectrum = torch.stft(
-            waves, self.n_fft, self.hop, len(self.window), self.window, center=False, return_complex=True
-        )
-        parts = torch.view_as_real(spectrum.mT)
-        return parts[..., 0].square() + parts[..., 1].square()  # a sum over an axis of 2 takes five times as long
+        outside = self.n_fft - len(self.window)
+        window = F.pad(self.window, (outside // 2, outside - outside // 2))
+        return power_spectrum(waves.unfold(1, self.n_fft, self.hop), window, self.n_fft)

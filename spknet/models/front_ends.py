@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
-from spknet.models.features import INT16, PRE_EMPHASIS, Spectrum, apply_masks, mel_filters
+from spknet.models.features import INT16, PRE_EMPHASIS, Spectrum, apply_masks, at_least, mel_filters, power_spectrum
 
 KALDI_FLOOR = 1.1920928955078125e-07  # of mel energies: float32's epsilon
 TOP_DB = 80.0  # speechbrain
@@ -97,10 +97,7 @@ class FrontEnd(nn.Module):
     @torch.no_grad()
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
         with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
-            waves = waves.to(self.window.dtype)
-            if waves.shape[1] < self.length:
-                waves = waves.repeat(1, -(-self.length // waves.shape[1]))[:, : self.length]
-            x = self.energies(waves)
+            x = self.energies(at_least(waves.to(self.window.dtype), self.length, dim=1))
             if self.remove_mean:
                 x = x - x.mean(dim=1, keepdim=True)
             return apply_masks(x.mT.contiguous(), masks)
@@ -112,10 +109,7 @@ class FrontEnd(nn.Module):
         return waves.unfold(1, self.length, self.hop)
 
     def power(self, frames: Tensor) -> Tensor:
-        """|DFT|^2 of windowed frames: (batch, frames, n_fft / 2 + 1)."""
-        spectrum = torch.fft.rfft(frames * self.window, self.n_fft)
-        parts = torch.view_as_real(spectrum)
-        return parts[..., 0].square() + parts[..., 1].square()  # a sum over an axis of 2 takes five times as long
+        return power_spectrum(frames, self.window, self.n_fft)
 
 
 class Kaldi(FrontEnd):

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
+from spknet.models.features import at_least
 from spknet.models.front_ends import build_features
 from spknet.models.pooling import POOLINGS, fewest_frames
 
@@ -94,7 +95,7 @@ class Network(nn.Module):
                 f"{type(self).__name__} normalises over the batch after pooling, so it trains on at least two utterances at"
                 " once, found one; raise --data.speakers_per_batch or --train.chunk"
             )
-        x = repeat_frames(features, self.fewest_frames).mT
+        x = at_least(features, self.fewest_frames, dim=1).mT
         x = self.frames(x) if lengths is None else self.frames(x, lengths)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             x = x.to(next(self.parameters()).dtype)
@@ -109,12 +110,6 @@ class Network(nn.Module):
             fits = key in own and own[key].numel() == value.numel()
             renamed[key] = value.reshape(own[key].shape) if fits else value
         return renamed
-
-
-def repeat_frames(features: Tensor, fewest: int) -> Tensor:
-    """(batch, frames, bands) -> the same, or its frames over and over until there are `fewest`."""
-    n = features.shape[1]
-    return features if n >= fewest else features.repeat(1, -(-fewest // n), 1)[:, :fewest]
 
 
 def _ranks() -> int:
