@@ -15,7 +15,6 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ import soundfile
 
 from shards import containers, flac, headers, mpeg, wav
 from shards.archive import read_source
+from shards.errors import UserError
 from shards.ffmpeg import AHEAD, LONGEST, ffmpeg_to_wavs
 from shards.format import MAX_SAMPLES, ShardError
 
@@ -57,12 +57,19 @@ def read_audio(source: str | os.PathLike, sample_rate: int, convert: bool = Fals
 
 def decode(data: bytes, name: str, sample_rate: int, convert: bool = False) -> Decoded:
     """The bytes of an audio file -> PCM. name is for the errors. Raises ShardError, whatever the decoder raises."""
-    try:
-        kind = _checked_kind(data, name)
+    with telling(name):
+        kind = checked_kind(data, name)
         if kind in containers.BY_FFMPEG:
             [data], kind = ffmpeg_to_wavs([data], [name]), "WAV"
         return _decode(data, kind, name, sample_rate, convert)
-    except ShardError:
+
+
+@contextlib.contextmanager
+def telling(name: str) -> Iterator[None]:
+    """Whatever a decoder raises becomes a ShardError that names the file."""
+    try:
+        yield
+    except UserError:
         raise
     except MemoryError:
         raise ShardError(f"{name}: too long for this machine's memory; cut it") from None
@@ -70,7 +77,7 @@ def decode(data: bytes, name: str, sample_rate: int, convert: bool = False) -> D
         raise ShardError(f"{name}: not readable as audio ({type(error).__name__}: {error})") from None
 
 
-def _checked_kind(data: bytes, name: str) -> str:
+def checked_kind(data: bytes, name: str) -> str:
     """The container, walked over to its end. Raises ShardError where it is none, or not whole."""
     head = bytes(data[:64])
     if wav.is_wave(head):
@@ -86,82 +93,140 @@ def _decode(data: bytes, kind: str, name: str, sample_rate: int, convert: bool) 
     notes: dict[str, str] = {}
     if kind == "WAV":
         found = wav.parse(lambda offset, n: data[offset : offset + n], len(data), name)
-        if found.stray:
-            notes["trimmed"] = f"{found.stray} bytes at its end that are no whole sample"
+        tell_stray(found, notes)
         if found.is_pcm16 and (found.rate, found.channels) == (sample_rate, 1):
-            return _noted(memoryview(data)[found.offset : found.offset + found.nbytes], notes, name)
-        data = found.canonical(data)
+            pcm = memoryview(data)[found.offset : found.offset + found.nbytes]
+            return Decoded(pcm, _noted(iter([np.frombuffer(pcm, "<i2")]), notes, name))
+        data = found.header + memoryview(data)[found.offset : found.offset + found.nbytes]
     if kind in LENGTHENED:
         data = LENGTHENED[kind](data, name)
-    pcm = _by_soundfile(data, kind, name, sample_rate, convert, notes)
-    return _noted(pcm, notes, name)
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        blocks = list(pcm_blocks(file, (kind, data[:42], name), sample_rate, convert, notes))
+    return Decoded(b"".join(block.tobytes() for block in blocks), _noted(iter(blocks), notes, name))
 
 
-def _noted(pcm: bytes | memoryview, notes: dict[str, str], name: str) -> Decoded:
-    """Looks at the samples: none, silent, clipped."""
-    if len(pcm) == 0:
-        raise ShardError(f"{name}: no audio in it (0 samples)")
-    if len(pcm) > 2 * MAX_SAMPLES:
-        raise ShardError(f"{name}: {len(pcm) // 2} samples, at most {MAX_SAMPLES} fit an utterance; cut it")
-    samples = np.frombuffer(pcm, "<i2")
-    low, high = int(samples.min()), int(samples.max())
-    if high - low <= 2:
-        notes["silent"] = f"all {len(samples)} samples from {low} to {high}"
-    elif "clipped" not in notes and (low == -32768 or high == 32767):
-        railed = int(np.count_nonzero((samples == 32767) | (samples == -32768)))
-        if railed > CLIPPED_SHARE * len(samples):
-            notes["clipped"] = f"{railed} of {len(samples)} samples at full scale"
-    return Decoded(pcm, notes)
+def tell_stray(found: wav.Wave, notes: dict[str, str]) -> None:
+    if found.stray:
+        notes["trimmed"] = f"{found.stray} bytes at its end that are no whole sample"
 
 
-@dataclass
-class _Mono:
-    """The mean of the channels, block by block, and what gets lost in it."""
+class Levels:
+    """Looks at samples as they pass: none, silent, clipped."""
 
-    blocks: list[np.ndarray] = field(default_factory=list)
-    frames: int = 0
-    peak: float = 0.0
-    power: float = 0.0  # sum of squares, mean of the channels
-    kept: float = 0.0  # of their mean
+    def __init__(self):
+        self.samples, self.low, self.high, self.railed = 0, 32767, -32768, 0
 
-    def add(self, block: np.ndarray, name: str) -> None:
+    def add(self, block: np.ndarray) -> np.ndarray:
+        """block: (n,) int16; returned as it is."""
+        if len(block):
+            low, high = int(block.min()), int(block.max())
+            self.samples, self.low, self.high = self.samples + len(block), min(self.low, low), max(self.high, high)
+            if low == -32768 or high == 32767:
+                self.railed += int(np.count_nonzero((block == 32767) | (block == -32768)))
+        return block
+
+    def note(self, notes: dict[str, str], name: str) -> None:
+        """Adds to the notes of a recording that is over. Raises ShardError where it has no samples, or too many."""
+        if self.samples == 0:
+            raise ShardError(f"{name}: no audio in it (0 samples)")
+        if self.samples > MAX_SAMPLES:
+            raise ShardError(f"{name}: {self.samples} samples, at most {MAX_SAMPLES} fit an utterance; cut it")
+        if self.high - self.low <= 2:
+            notes["silent"] = f"all {self.samples} samples from {self.low} to {self.high}"
+        elif "clipped" not in notes and self.railed > CLIPPED_SHARE * self.samples:
+            notes["clipped"] = f"{self.railed} of {self.samples} samples at full scale"
+
+
+def _noted(blocks: Iterator[np.ndarray], notes: dict[str, str], name: str) -> dict[str, str]:
+    levels = Levels()
+    for block in blocks:
+        levels.add(block)
+    levels.note(notes, name)
+    return notes
+
+
+class Mono:
+    """The mean of the channels at sample_rate in 16 bits, block by block, and what gets lost in it."""
+
+    def __init__(self, rate: int, sample_rate: int, name: str):
+        self.name, self.frames, self.samples, self.over, self.peak = name, 0, 0, 0, 0.0
+        self.power, self.kept = 0.0, 0.0  # sums of squares: the channels' mean one, their mean's
+        self.resampler = None
+        if rate != sample_rate:
+            import soxr  # needed by few: 30 ms of imports
+
+            self.resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float64", quality="VHQ")
+
+    def add(self, block: np.ndarray) -> np.ndarray:
+        """(frames, channels) float64 -> the samples that are ready, int16. Raises ShardError for what is no audio."""
         if not np.isfinite(block).all():
             first = self.frames + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
             count = int(np.count_nonzero(~np.isfinite(block)))
-            raise ShardError(f"{name}: {count} samples are NaN or infinite, the first at {first}; make the file again")
-        mono = block.mean(axis=1)
+            raise ShardError(
+                f"{self.name}: {count} samples are NaN or infinite, the first at {first}; make the file again"
+            )
         self.peak = max(self.peak, float(np.abs(block).max(initial=0)))
+        if self.peak >= INTEGER_PEAK:
+            raise ShardError(
+                f"{self.name}: samples reach {self.peak:g}, expected -1 to 1: integers stored as floats? Divide them by 32768"
+            )
+        mono = block.mean(axis=1)
         self.power += float(np.square(block).mean(axis=1).sum())
         self.kept += float(np.square(mono).sum())
-        self.blocks.append(mono)
         self.frames += len(block)
+        return self._rounded(mono if self.resampler is None else self.resampler.resample_chunk(mono))
+
+    def rest(self) -> np.ndarray:
+        """What is left when all blocks are in."""
+        if self.resampler is None or not self.frames:
+            return np.empty(0, "<i2")
+        return self._rounded(self.resampler.resample_chunk(np.empty(0), last=True))
+
+    def _rounded(self, samples: np.ndarray) -> np.ndarray:
+        samples = np.rint(samples * 32768)
+        self.samples += len(samples)
+        self.over += int(np.count_nonzero((samples > 32767) | (samples < -32768)))
+        return np.clip(samples, -32768, 32767).astype("<i2")
+
+    def note(self, notes: dict[str, str], channels: int) -> None:
+        if channels != 1 and self.power and self.kept < CANCELLED_POWER * self.power:
+            left = 10 * np.log10(max(self.kept / self.power, 1e-12))
+            notes["cancelled"] = f"the mean of its {channels} channels keeps {left:.0f} dB of their power"
+        if self.over:
+            notes["clipped"] = f"{self.over} of {self.samples} samples over full scale, the highest {self.peak:.3g}"
 
 
-def _by_soundfile(data: bytes, kind: str, name: str, sample_rate: int, convert: bool, notes: dict[str, str]) -> bytes:
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
-        rate, channels, subtype = file.samplerate, file.channels, file.subtype
-        if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-            raise ShardError(f"{name}: {rate} Hz, expected {LOWEST_RATE} to {HIGHEST_RATE} Hz: damaged?")
-        problem = mismatch((rate, channels, subtype), sample_rate)
-        if problem and not convert:
-            raise ShardError(f"{name}: {problem}; convert it, or pack with --convert")
-        frames = file.frames if file.frames < 2**62 else None
-        if not problem:
-            pieces = list(_blocks(file, "int16", kind, data, name))
-            _check_count(sum(map(len, pieces)), frames, kind, name)
-            return b"".join(np.ascontiguousarray(piece, "<i2").tobytes() for piece in pieces)
-        mono = _Mono()
-        for block in _blocks(file, "float64", kind, data, name):
-            mono.add(block, name)
-        _check_count(mono.frames, frames, kind, name)
-    return _rounded(mono, (rate, channels, subtype), sample_rate, notes, name)
+def pcm_blocks(
+    file: soundfile.SoundFile, what: tuple[str, bytes, str], sample_rate: int, convert: bool, notes: dict[str, str]
+) -> Iterator[np.ndarray]:
+    """int16 blocks of an open file, mono at sample_rate. what: container, first bytes, name. notes: complete at the end."""
+    kind, head, name = what
+    rate, channels, subtype = file.samplerate, file.channels, file.subtype
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise ShardError(f"{name}: {rate} Hz, expected {LOWEST_RATE} to {HIGHEST_RATE} Hz: damaged?")
+    problem = mismatch((rate, channels, subtype), sample_rate)
+    if problem and not convert:
+        raise ShardError(f"{name}: {problem}; convert it, or pack with --convert")
+    promised, frames = file.frames if file.frames < 2**62 else None, 0
+    mono = Mono(rate, sample_rate, name) if problem else None
+    for block in _blocks(file, "float64" if problem else "int16", kind, head, name):
+        frames += len(block)
+        yield mono.add(block) if mono else np.ascontiguousarray(block[:, 0], "<i2")
+    _check_count(frames, promised, kind, name)
+    if mono:
+        yield mono.rest()
+        mono.note(notes, channels)
+        done = [f"mean of {channels} channels"] * (channels != 1)
+        done += [f"{rate} Hz to {sample_rate} Hz"] * (rate != sample_rate and frames > 0)
+        done += [f"{subtype} to 16 bits"] * (subtype not in EXACT_SUBTYPES)
+        notes["converted"] = ", ".join(done)
 
 
-def _blocks(file: soundfile.SoundFile, dtype: str, kind: str, data: bytes, name: str) -> Iterator[np.ndarray]:
+def _blocks(file: soundfile.SoundFile, dtype: str, kind: str, head: bytes, name: str) -> Iterator[np.ndarray]:
     """(frames, channels) blocks to the end of the file, whatever length it claims; FLAC is compared with the MD5 in its header."""
     # libsndfile gives 16-bit and wider integers as they are; floats read as integers would not be scaled.
     wide = {"PCM_16": "int16", "PCM_24": "int32"}.get(file.subtype) if kind == "FLAC" else None
-    digest, total, expected = hashlib.md5(), 0, bytes(data[26:42])
+    digest, total, expected = hashlib.md5(), 0, bytes(head[26:42])
     while len(block := file.read(BLOCK, dtype=wide or dtype, always_2d=True)):
         total += len(block)
         if total > LONGEST * file.samplerate:
@@ -197,35 +262,6 @@ def mismatch(found: tuple[int, int, str], sample_rate: int) -> str:
     return " and ".join(problems)
 
 
-def _rounded(mono: _Mono, found: tuple[int, int, str], sample_rate: int, notes: dict[str, str], name: str) -> bytes:
-    """The mean of the channels at sample_rate in 16 bits, and what that took."""
-    import soxr  # needed by few: 30 ms of imports
-
-    rate, channels, subtype = found
-    if mono.peak >= INTEGER_PEAK:
-        raise ShardError(
-            f"{name}: samples reach {mono.peak:g}, expected -1 to 1: integers stored as floats? Divide them by 32768"
-        )
-    done = []
-    if channels != 1:
-        done.append(f"mean of {channels} channels")
-        if mono.power and mono.kept < CANCELLED_POWER * mono.power:
-            left = 10 * np.log10(max(mono.kept / mono.power, 1e-12))
-            notes["cancelled"] = f"the mean of its {channels} channels keeps {left:.0f} dB of their power"
-    samples = np.concatenate(mono.blocks) if mono.blocks else np.empty(0)
-    if rate != sample_rate and len(samples):
-        done.append(f"{rate} Hz to {sample_rate} Hz")
-        samples = soxr.resample(samples, rate, sample_rate, quality="VHQ")
-    if subtype not in EXACT_SUBTYPES:
-        done.append(f"{subtype} to 16 bits")
-    samples = np.rint(samples * 32768)
-    over = int(np.count_nonzero((samples > 32767) | (samples < -32768)))
-    if over:
-        notes["clipped"] = f"{over} of {len(samples)} samples over full scale, the highest {mono.peak:.3g}"
-    notes["converted"] = ", ".join(done)
-    return np.clip(samples, -32768, 32767).astype("<i2").tobytes()
-
-
 def decode_ahead(sources: list[str], read: Callable[[int], bytes], sample_rate: int, convert: bool = False) -> Iterator:
     """Decoded of each source in turn, or the ShardError that it is. read(i): the bytes of sources[i].
 
@@ -250,7 +286,7 @@ def _ahead(wanted: list[int], sources: list[str], read: Callable[[int], bytes]) 
     for i in wanted:
         with contextlib.suppress(ShardError):
             data = read(i)
-            if _checked_kind(data, sources[i]) in containers.BY_FFMPEG:
+            if checked_kind(data, sources[i]) in containers.BY_FFMPEG:
                 files[i] = data
     with contextlib.suppress(ShardError):
         return dict(zip(files, ffmpeg_to_wavs(list(files.values()), [sources[i] for i in files]))) if files else {}

@@ -50,6 +50,8 @@ def ffmpeg_to_wavs(files: list[bytes], names: list[str]) -> list[bytes]:
         )
         complaints = result.stderr.decode(errors="replace").strip().splitlines()
         if result.returncode or complaints:  # it may go on past damage, and end well
+            if any("matches no streams" in line for line in complaints):
+                raise ShardError(f"{names[0]}: no audio in it, or a picture alone; give a recording")
             reason = complaints[-1] if complaints else f"it ended with {result.returncode}"
             raise ShardError(f"{names[0]}: ffmpeg cannot read it ({ascii(reason)[1:-1]})")
         return [_checked(os.pread(fd, os.fstat(fd).st_size, 0), name) for fd, name in zip(outputs, names)]

@@ -50,11 +50,11 @@ class Wave:
         """Samples of a channel; None where a codec packs several into a block."""
         return self.nbytes // self.block if self.tag in (PCM, FLOAT) and self.block else None
 
-    def canonical(self, data: bytes) -> bytes:
-        """The same audio as a file that every decoder reads alike: sizes filled in, nothing behind the audio."""
-        audio = memoryview(data)[self.offset : self.offset + self.nbytes]
+    @property
+    def header(self) -> bytes:
+        """What stands before the audio in a file that every decoder reads alike: sizes filled in, nothing behind it."""
         body = b"WAVE" + self.form + b"data" + struct.pack("<I", self.nbytes)
-        return b"".join([b"RIFF", struct.pack("<I", len(body) + self.nbytes), body, audio])
+        return b"RIFF" + struct.pack("<I", len(body) + self.nbytes) + body
 
 
 def is_wave(head: bytes) -> bool:

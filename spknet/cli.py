@@ -17,7 +17,7 @@ COMMANDS = {
     "make data": {
         "lists": ("shards.make_lists", "a training list from a folder, a CSV or Kaldi's files"),
         "pack": ("shards.pack", "WAV, FLAC, ... files to tar shards"),
-        "verify": ("shards.verify", "check packed shards for damage"),
+        "check": ("shards.verify", "check packed shards for damage"),
         "stats": ("shards.info", "speakers, hours and durations of packed shards"),
         "stage": ("shards.stage", "copy shards to a node-local folder ahead of a run"),
         "musan": ("tools.musan", "noise and impulse responses to shards"),
@@ -27,18 +27,23 @@ COMMANDS = {
     "train": {
         "train": ("spknet.train.__main__", "train a network"),
         "voxceleb-trainer": ("spknet.train.voxceleb_trainer_command", "train with voxceleb_trainer's command line"),
-        "export": ("spknet.use.export", "write a network as ONNX, .pt2 or for voxceleb_trainer"),
         "recipes": ("spknet.train.recipes", "recipes with their cost and aim"),
-        "info": ("spknet.models.describe", "parameters and multiply-adds of the networks"),
-    },
-    "use": {
-        "doctor": ("spknet.use.doctor", "what this machine lacks, with remedies"),
     },
     "evaluate": {
         "trials": ("spknet.evaluate.make_trials", "make trials from a data set"),
         "evaluate": ("spknet.evaluate.__main__", "embed, score and report trials"),
-        "embed": ("spknet.evaluate.embed", "embeddings of audio files"),
         "compare": ("spknet.evaluate.compare", "put reports side by side"),
+    },
+    "use a network": {
+        "embed": ("spknet.use.embed", "embeddings of audio files"),
+        "verify": ("spknet.use.verify", "are two recordings of one speaker?"),
+        "enroll": ("spknet.use.enrolments", "remember a voice under a name"),
+        "identify": ("spknet.use.identify", "which enrolled voice is it?"),
+        "card": ("spknet.use.make_card", "calibrate a network and describe it"),
+        "info": ("spknet.use.info", "what a checkpoint is; which networks there are"),
+        "export": ("spknet.use.export", "write a network as ONNX, .pt2 or for voxceleb_trainer"),
+        "page": ("spknet.use.page", "verify in the browser: record or drop recordings"),
+        "doctor": ("spknet.use.doctor", "what this machine lacks, with remedies"),
     },
     "use a cluster": {
         "submit": ("launch.submit", "start a run on a SLURM cluster"),

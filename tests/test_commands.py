@@ -20,7 +20,7 @@ NAMES = [name for group in COMMANDS.values() for name in group]
 READS = {
     "lists": ["--root", "CORPUS", "--csv", "IN", "--out", "OUT"],
     "pack": ["--list", "IN", "--root", "CORPUS", "--out", "OUT"],
-    "verify": ["IN"],
+    "check": ["IN"],
     "stats": ["IN"],
     "stage": ["IN", "OUT"],
     "train": ["--data.train_list", "IN", "--data.train_root", "CORPUS", "--run_dir", "OUT"],
@@ -29,6 +29,12 @@ READS = {
     "evaluate": ["--checkpoint", "IN", "--trials", "CORPUS/test_list.txt", "--root", "CORPUS", "--out", "OUT"],
     "embed": ["--checkpoint", "IN", "--list", "CORPUS/train_list.txt", "--root", "CORPUS", "--out", "OUT"],
     "compare": ["IN", "IN"],
+    "verify": ["CORPUS/voice.wav", "CORPUS/voice.wav", "--checkpoint", "IN"],
+    "enroll": ["Anna", "CORPUS/voice.wav", "--checkpoint", "IN", "--to", "OUT"],
+    "identify": ["CORPUS/voice.wav", "--checkpoint", "CORPUS", "--among", "IN"],
+    "card": ["IN"],
+    "info": ["IN"],
+    "page": ["IN"],
     "sweep": ["IN", "--dry-run"],
     "status": ["IN"],
     "results": ["IN"],
@@ -37,15 +43,7 @@ READS = {
     "resubmit": ["IN"],
     "submit": ["--executor", "local", "--", "--config", "IN", "--run_dir", "OUT"],
 }
-NO_INPUT = {
-    "musan",
-    "voxceleb",
-    "synth",
-    "recipes",
-    "info",
-    "voxceleb-trainer",
-    "doctor",
-}  # downloads, or nothing to read
+NO_INPUT = {"musan", "voxceleb", "synth", "recipes", "voxceleb-trainer", "doctor"}  # downloads, or nothing to read
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +94,7 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(name, kind, files, tmp_p
     status, said = told(capsys, [name, *words_of(name, files, str(files / kind), out)])
     if kind == "folder" and name in ("status", "results", "cancel", "resubmit") and status == 0:
         return  # a folder without runs is what they may be given
-    if name == "verify":  # what is no data set is a damaged one: status 1, told with the damage
+    if name == "check":  # what is no data set is a damaged one: status 1, told with the damage
         assert status == 1 and "Traceback" not in said
         return
     assert status == 2, said

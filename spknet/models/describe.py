@@ -1,6 +1,7 @@
 """Size, cost and published error of the networks.
 
     spknet info                                           every network and variant
+    spknet info runs/a                                    what a checkpoint is (spknet.use.info)
     spknet info --model.name ResNetSE34L --seconds 2      one configuration
     spknet info --json                                    the same as data, with published error rates and when to choose it
     spknet info --markdown                                the tables of docs/networks.md

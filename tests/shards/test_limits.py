@@ -36,12 +36,12 @@ NOT_SEEN = """
   Info or Xing frame, or one written to a pipe) that was cut exactly between two frames.
 - A flipped bit inside the audio of WAV, AIFF, AU, CAF, W64, SPHERE, MP3, AAC, WebM, WMA or AMR changes the audio: these
   containers have no sums. FLAC (MD5) and Ogg (page sums) have.
-- A flipped sample inside a WAV shard is not seen by a crop: the sum is of the whole utterance. `spknet verify` sees it,
+- A flipped sample inside a WAV shard is not seen by a crop: the sum is of the whole utterance. `spknet check` sees it,
   and so does whoever reads the whole utterance.
 - A loose file that is replaced by another of the same length and format is read.
 - A copy in a node's cache is believed as long as nobody wrote to it; bits that change by themselves are not seen.
 - Data sets packed before November 2026 carry no identity: a tar of equal size with an equal first header is not
-  noticed at the first touch. `spknet verify` sees it.
+  noticed at the first touch. `spknet check` sees it.
 """
 
 
