@@ -72,8 +72,8 @@ def write_onnx(
     return rows
 
 
-def write_int8(path: str, sources: Sources, listed: str, count: int) -> tuple[str, list[list[str]]]:
-    """Quantises the ONNX file `path` both ways and keeps the nearer one: (its path, a table of what was measured).
+def write_int8(path: str, sources: Sources, listed: str, count: int) -> tuple[str, str, list[list[str]]]:
+    """Quantises the ONNX file `path` both ways and keeps the better one: (its path, which, a table of what was measured).
 
     listed: a list of utterances of which `count`, spread over it, give the ranges, and as many others judge.
     """
@@ -94,10 +94,10 @@ def write_int8(path: str, sources: Sources, listed: str, count: int) -> tuple[st
         means[way] = near.mean()
         faster = f"{1000 * took[way]:.1f} ms, {took['float'] / took[way]:.2f} x"
         table.append([f"int8 {way}", f"{len(file):,}", faster, f"{near.mean():.5f}", f"{near.min():.5f}"])
-    best = max(means, key=means.get)
+    best = int8.better(took, means)
     out = str(Path(path).with_suffix(f".int8{Path(path).suffix}"))
     _write(out, files[best])
-    return out, table
+    return out, best, table
 
 
 def error_rates(paths: dict[str, str], trials: list[str], root: list[str] | None) -> list[list[str]]:
@@ -157,10 +157,10 @@ def main(argv: list[str] | None = None) -> int:
     shown = [[f"{s:g} s", f"{1 - cosine:.0e}", f"{difference:.0e}"] for s, cosine, difference in rows]
     print(report.text_table([["against torch", "1 - cosine", "largest difference / norm"], *shown]))
     if chosen.int8:
-        out, table = write_int8(
+        out, best, table = write_int8(
             chosen.out, Sources(None, chosen.root, network.sample_rate), chosen.int8, chosen.utterances
         )
-        print(f"\n{out}: the nearer of two ways\n{report.text_table(table)}")
+        print(f"\n{out}: int8 {best}\n{report.text_table(table)}")
         if chosen.trials:
             print("\n" + report.text_table(error_rates({"float": chosen.out, "int8": out}, chosen.trials, chosen.root)))
     return 0
