@@ -10,6 +10,7 @@ Two ways, both made and measured. Of those faster than float the one whose embed
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ def quantized(file: bytes, waves: list[np.ndarray]) -> dict[str, bytes]:
     features = [n.name for n in model.graph.node if any("'features'" in p.value for p in n.metadata_props)]
     kinds = {"per_channel": True, "nodes_to_exclude": features, "op_types_to_quantize": ["Conv", "MatMul", "Gemm"]}
     made = {}
+    logging.disable(logging.WARNING)  # of its advice to prepare the file, which has been followed
     with tempfile.TemporaryDirectory() as folder:
         fused, out = Path(folder, "fused.onnx"), Path(folder, "out.onnx")
         onnx.save(model, fused)
@@ -46,6 +48,7 @@ def quantized(file: bytes, waves: list[np.ndarray]) -> dict[str, bytes]:
         made["static"] = out.read_bytes()
         quantization.quantize_dynamic(fused, out, weight_type=quantization.QuantType.QInt8, **kinds)
         made["dynamic"] = out.read_bytes()
+    logging.disable(logging.NOTSET)
     return made
 
 

@@ -27,6 +27,7 @@ SECONDS = (0.5, 2.0, 7.3, 30.0)  # lengths that are checked
 LEAST_COSINE, LARGEST_DIFFERENCE = 0.99999, 1e-4  # the latter over the norm
 # An example that no stride divides: torch.export takes "32000 is a multiple of 10" for a condition, and then cannot solve it.
 EXAMPLE = (2, 32017)
+TABLE = 2**23  # bytes of a constant that is computed beforehand
 INSTALL = "pip install 'spknet[onnx]'"
 
 
@@ -67,7 +68,8 @@ def to_onnx(program: torch.export.ExportedProgram, about: dict[str, str]) -> byt
             # Its rewriting rules take x + 1e-8 for x + 0 (onnxscript 0.7.2), and so the floors of logarithms and variances away.
             optimize=False,
         )
-    optimizer.fold_constants(made.model)
+    # Up to the tables of the DFT, which else would be computed for each utterance.
+    optimizer.fold_constants(made.model, input_size_limit=TABLE, output_size_limit=TABLE)
     optimizer.remove_unused_nodes(made.model)
     made.model.metadata_props.update(about)
     return made.model_proto.SerializeToString()
