@@ -16,13 +16,14 @@ The script asks for the requeue and nothing below it does, so that a killed task
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from launch import jobs, starts
-from launch.log_text import killed_ranks, straggler
+from launch.log_text import blamed_hosts, killed_ranks
 from launch.processes import descendants, kill
 from spknet.errors import UserError, run
 from spknet.parallel.nodelist import expand
@@ -123,15 +124,21 @@ def requeue(job: str, bad: list[str]) -> None:
 
 
 def blamed(folder: Path, said: dict | None) -> list[str]:
-    """The nodes on which a rank was killed, from the logs of this start, or the node of the rank that stalled."""
+    """The node that began the end of the newest start, or none where that is not certain.
+
+    The run's own word comes first: ranks that outlive another one see which. Where rank 0 was killed there is none; then
+    torchrun says which rank was killed on its node. Ranks elsewhere may abort because of it (SIGABRT): they are followers.
+    """
     newest = starts.read_starts(folder)[-1:]
     nodes = newest[0].get("nodes", []) if newest else []
-    slow = straggler((said or {}).get("reason", ""))
+    hosts = {host.partition(".")[0] for host in blamed_hosts((said or {}).get("reason", ""))}
+    named = [node for node in nodes if node.partition(".")[0] in hosts]
     log = jobs.read_job(folder).get("log")
     paths = [Path(log.replace("_0_log.err", f"_{i}_log.err")) for i in range(len(nodes))] if log else []
-    found = [node for node, path in zip(nodes, paths) if path.exists() and killed_ranks(path)]
-    ranks = newest[0].get("ranks_per_node") if newest else None
-    return found or ([nodes[slow // ranks]] if slow is not None and ranks and slow // ranks < len(nodes) else [])
+    signals = {node: killed_ranks(path) for node, path in zip(nodes, paths)}
+    killed = [node for node, numbers in signals.items() if set(numbers) - {signal.SIGABRT}]
+    aborted = [node for node, numbers in signals.items() if numbers]
+    return next((one for one in (named, killed, aborted) if len(one) == 1), [])
 
 
 def _note_lost_nodes(folder: Path, job: str) -> None:

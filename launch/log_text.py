@@ -10,7 +10,8 @@ from pathlib import Path
 
 BAR = re.compile(r"\d+%\|.*\|\s*[\d.]+\w*/[\d.]+\w*\s*\[|^\s*\d+step \[")  # tqdm's line
 EMPTY = re.compile(r"\[rank \d+\]")  # torchrun's prefix before a bar's end
-EXIT_CODE = re.compile(r"exitcode\s*:\s*-(\d+)")
+EXIT_CODE = re.compile(r"failed \(exitcode: -(\d+)\)")  # of the rank that ended first on this node
+NAMED = re.compile(r"ranks? [\d, ]+\(([^)]+)\) (?:is|are) (?:behind|gone)")  # spknet/parallel/watchdog.py's words
 SIGTERM = 15
 BEGINNING = "launch: start of"  # written by each start of a task, whose log all starts append to
 
@@ -32,14 +33,15 @@ def last_life(path: Path) -> str:
 
 
 def killed_ranks(path: Path) -> list[int]:
-    """Signals by which ranks on this node were killed (not TERM, which torchrun sends to the rest), as torchrun reports them."""
+    """Signals by which ranks on this node were killed (not TERM, which torchrun sends to the rest): of each group of ranks
+    the one that ended first, since torchrun itself kills what does not end after it."""
     return [n for n in map(int, EXIT_CODE.findall(last_life(path))) if n != SIGTERM]
 
 
-def straggler(reason: str) -> int | None:
-    """The rank that a stalled run's reason names."""
-    match = re.search(r"rank (\d+) is behind", reason)
-    return int(match[1]) if match else None
+def blamed_hosts(reason: str) -> list[str]:
+    """The hosts whose rank a run's reason names as stalled, dead or silent."""
+    match = NAMED.search(reason)
+    return match[1].split(", ") if match else []
 
 
 def error_line(path: Path) -> str:

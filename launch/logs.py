@@ -35,16 +35,17 @@ def log_paths(folder: Path, rank: int | None) -> list[Path]:
     first = Path(log)
     if rank is None:
         return [first]
-    starts = read_starts(folder)
-    per_node = starts[-1].get("ranks_per_node", 1) if starts else 1
+    start = (read_starts(folder) or [{}])[-1]
+    per_node, nodes = start.get("ranks_per_node", 1), start.get("nodes", [])
     node, local = divmod(rank, per_node)
+    if node < len(nodes):  # torchrun numbers nodes in the order of their names, SLURM knows that gpu10 follows gpu9
+        node = nodes.index(sorted(nodes)[node])
     attempts = sorted(
         first.parent.glob(f"ranks/node{node}/*/attempt_*/{local}/stderr.log"), key=lambda p: p.stat().st_mtime
     )
     if not attempts:
-        ranks = len(starts[-1].get("nodes", [])) * per_node if starts else 0
         raise LogError(
-            f"{folder}: rank {rank} has written nothing yet, or there is none; the newest start has {ranks} ranks"
+            f"{folder}: rank {rank} has written nothing yet, or there is none; the newest start has {len(nodes) * per_node} ranks"
         )
     return attempts[-1:]
 

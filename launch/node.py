@@ -5,7 +5,8 @@
 A torchrun that has lost its peers waits for them for minutes: at the rendezvous, or at its end. So it is ended
 
     5 s after its last worker, once RUN/state.json says `requeue`        5 s after it says `failed`, 20 s after `done`
-    20 s after its last worker, whatever state.json says (a restart takes a second or two)
+    20 s after its last worker, whatever state.json says (a restart takes some seconds)
+    5 s after it where the first node's torchrun, at which all meet, no longer answers
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from spknet.train.run_folder import read_state
 
 # Seconds until torchrun is ended: without workers, or once the run is over, whatever lives.
 LIMITS = {"running": 20.0, "requeue": 5.0, "failed": 5.0, "done": 20.0}
+CONNECT_SECONDS = 3  # a lost host does not even refuse
 CLOSING_SECONDS = 5  # for workers to close their files once they have saved
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -34,6 +36,7 @@ class Node:
         self.run_dir, self.before = run_dir, read_state(run_dir)  # every write has a time of its own
         self.torchrun: subprocess.Popen | None = None
         self.signalled = False
+        self.met = False  # whether the torchrun at which all meet has answered
 
     def state(self) -> dict:
         """state.json if this start has written it, else `running`: an earlier start's word does not count."""
@@ -69,8 +72,23 @@ class Node:
             if workers and state not in ("failed", "done"):
                 since = time.monotonic()
             limit = LIMITS.get(state, CLOSING_SECONDS)
+            if not (workers and self.met) and self._has_lost_the_meeting_point():
+                limit = CLOSING_SECONDS
             if (worked or state != "running") and time.monotonic() - since > limit:
                 self._end(state, len(workers))
+
+    def _has_lost_the_meeting_point(self) -> bool:
+        """Whether the first node's torchrun has answered once and does no longer."""
+        words = self.torchrun.args
+        host, _, port = dict(zip(words, words[1:])).get("--rdzv-endpoint", "").rpartition(":")
+        if not port.isdigit() or port == "0":  # on one node torchrun finds a free one
+            return False
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except OSError:
+            return self.met
+        self.met = True
+        return False
 
     def _end(self, state: str, workers: int) -> None:
         print(

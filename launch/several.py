@@ -21,8 +21,8 @@ from pathlib import Path
 from submitit.core.utils import DelayedSubmission
 
 from launch.processes import adopt_orphans, descendants, die_with_parent, kill, wait
-from launch.task import CONTINUES, RunFailed, Task, grace_seconds, job_folder
-from spknet.train.run_folder import read_state
+from launch.task import CONTINUES, RunFailed, Task, grace_seconds
+from spknet.train.run_folder import job_folder, read_state
 
 POLL_SECONDS = 0.5
 

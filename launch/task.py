@@ -33,7 +33,7 @@ from launch.log_text import BEGINNING, error_line
 from launch.node import CLOSING_SECONDS, Node
 from launch.processes import descendants, die_with_parent, kill, wait
 from spknet.parallel.nodelist import expand, rendezvous_port
-from spknet.train.run_folder import read_state, write_state
+from spknet.train.run_folder import job_folder, job_id, read_state, write_state
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 MARGIN_SECONDS = 20  # of the signal delay, left for the requeue
@@ -64,7 +64,7 @@ class Task:
         place = Place.here()
         print(f"{BEGINNING} {self.run_dir}, job {place.job}, node {place.node}", file=sys.stderr, flush=True)
         self._node = Node(self.run_dir)
-        os.environ.update({**flight_recorder(self.run_dir), **self.environment})
+        os.environ.update(self.environment)
         if place.executor == "slurm":
             die_with_parent()  # a killed slurmstepd
         elif place.node == 0 and place.executor != "packed":
@@ -190,39 +190,17 @@ def torchrun(place: Place, nodes: int, ranks_per_node: int) -> list[str]:
     ]
 
 
-def job_folder(run_dir: str) -> Path:
-    """RUN/jobs/JOB: where a job's logs and dumps go."""
-    return Path(run_dir) / "jobs" / submitted_id()
-
-
-def flight_recorder(run_dir: str) -> dict[str, str]:
-    """NCCL's record of collectives, dumped into RUN/jobs/JOB where one times out; what the user has set stands."""
-    values = {
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": str(job_folder(run_dir) / "nccl-trace-rank-"),
-    }
-    return {key: value for key, value in values.items() if key not in os.environ}
-
-
 def own_log(place: Place) -> Path:
     """This task's stderr, as submitit redirects it; a path that is not there without submitit."""
     folder = os.environ.get("SUBMITIT_FOLDER")
     if folder is None:
         return Path("/nonexistent")
-    return JobPaths(folder, job_id=submitted_id(), task_id=place.node).stderr
-
-
-def submitted_id() -> str:
-    """The job's id as submitit writes it: 12, or 12_3 for an array's element, or the local controller's."""
-    if "SLURM_ARRAY_TASK_ID" in os.environ:
-        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
+    return JobPaths(folder, job_id=job_id(), task_id=place.node).stderr
 
 
 def submitted(folder: str) -> Task:
     """What this job was submitted with, in the batch script. submitit writes it after sbatch has returned."""
-    path = JobPaths(folder, job_id=submitted_id()).submitted_pickle
+    path = JobPaths(folder, job_id=job_id()).submitted_pickle
     wait(60, path.exists)
     return DelayedSubmission.load(path).function
 

@@ -247,7 +247,7 @@ def read_record(path: Path) -> Record:
 
 def locate(entries: Entries, chosen: np.ndarray, skip_missing: bool) -> np.ndarray:
     """LOCATION of each chosen entry's source. Raises ShardError naming the first of those that are not there."""
-    sources = (entries.source(i) for i in tqdm(chosen.tolist(), "files", unit=" files", delay=5))
+    sources = (entries.source(i) for i in tqdm(chosen.tolist(), "files", unit=" files", delay=5, disable=None))
     where = archive.locate(sources, len(chosen))
     missing = np.flatnonzero(where["method"] == archive.MISSING)
     if len(missing) and not skip_missing:

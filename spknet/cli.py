@@ -27,7 +27,9 @@ COMMANDS = {
     "train": {
         "train": ("spknet.train.__main__", "train a network"),
         "voxceleb-trainer": ("spknet.train.voxceleb_trainer_command", "train with voxceleb_trainer's command line"),
+        "convert": ("spknet.use.convert", "any checkpoint to one file to hand on"),
         "recipes": ("spknet.train.recipes", "recipes with their cost and aim"),
+        "bench": ("tools.bench.__main__", "speed of every part on this machine"),
     },
     "evaluate": {
         "trials": ("spknet.evaluate.make_trials", "make trials from a data set"),

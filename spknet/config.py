@@ -20,8 +20,7 @@ from spknet.errors import UserError
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-# encoder, embedding_size and n_mels of a network, where they are not given: what it was published with, by the beginning of
-# its name. Networks that stand in no row: SAP, 512, 40.
+# encoder, embedding_size, n_mels where not given: as published, by the beginning of the name; else SAP, 512, 40.
 PUBLISHED = {
     "ResNetSE": ("SAP", 512, 40),
     "ResNet": ("TSTP", 256, 80),
@@ -33,6 +32,7 @@ PUBLISHED = {
     "ERes2NetV2": ("TSTP", 192, 80),
     "ReDimNet-B0": ("ASTP-GLOB", 192, 60),
     "ReDimNet": ("ASTP-GLOB", 192, 72),
+    "GE2E-LSTM": ("TAP", 256, 40),
 }
 
 
@@ -140,9 +140,8 @@ class ModelConfig:
         "auto", "whose version of the network, e.g. wespeaker, 3dspeaker, speechbrain; auto: its first"
     )
     two_emb_layer: bool | None = option(None, "ResNet: a second layer after the first; null: as in the variant")
-    agg_gnorm: bool = option(
-        False, "ReDimNet2: group norms where maps are summed; its recipes have them since July 2026"
-    )
+    pool_input: bool = option(False, "ECAPA: pool the features and their differences, too, beside the layers")
+    agg_gnorm: bool = option(False, "ReDimNet2: group norms where maps are summed, as in its recipes since July 2026")
 
     def __post_init__(self):
         names = [name for name in PUBLISHED if self.name.startswith(name)]
@@ -156,7 +155,7 @@ class ModelConfig:
 class FeaturesConfig:
     """What the network sees of a wave."""
 
-    name: Literal["auto", "log_mel", "spectrum", "kaldi", "speechbrain", "tfmel", "redimnet"] = option(
+    name: Literal["auto", "log_mel", "spectrum", "kaldi", "speechbrain", "tfmel", "redimnet", "ge2e"] = option(
         "auto", "front end; auto: as the network was published"
     )
     window: Literal["auto", "hamming", "povey"] = option(
@@ -167,6 +166,7 @@ class FeaturesConfig:
     )
     hop_ms: float | None = option(None, "step from frame to frame, ms; null: 10, of redimnet 15", gt=0)
     remove_mean: bool = option(True, "each band minus its mean over the utterance")
+    batch_norm: bool = option(False, "then a BatchNorm of each band; with remove_mean false the spectrum's mean stays")
     normalize_wave: bool | None = option(
         None, "each wave minus its mean, over its deviation; null: tfmel yes, redimnet no"
     )
@@ -249,15 +249,17 @@ class TrainConfig:
 
     epochs: int = option(100, "passes over the training data", ge=1)
     max_steps: int | None = option(None, "stop after this many steps, whatever the epoch", ge=1)
-    precision: Literal["float32", "bf16", "fp16", "float64"] = option("float32", "arithmetic of the step")
+    precision: Literal["float32", "tf32", "bf16", "fp16", "float64"] = option("float32", "arithmetic of the step")
     compile: bool = option(False, "torch.compile the network")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
+        "default", "torch.compile's mode; reduce-overhead: by CUDA graphs"
+    )
     channels_last: bool = option(False, "channels last in memory: faster convolutions in half precision")
     sync_batchnorm: bool = option(True, "BatchNorm statistics of the global batch")
+    batchnorm_groups: int = option(1, "of each of so many groups of it (docs/scaling.md); 0: frozen", ge=0)
     deterministic: bool = option(False, "deterministic kernels on the GPU; a CPU needs none")
     seed: int = option(0, "seed of weights, batches, crops and augmentation", ge=0, lt=2**32)
-    average_epochs: int = option(
-        0, "also keep the mean of the weights at the ends of the last so many epochs; 0: none", ge=0
-    )
+    average_epochs: int = option(0, "also keep the mean of the weights at the last so many epochs' ends; 0: none", ge=0)
     ema: float = option(
         0.0, "also keep the exponential moving average of the weights, with this decay a step; 0: none", ge=0, lt=1
     )
@@ -267,13 +269,11 @@ class TrainConfig:
     keep_checkpoints: int = option(3, "newest checkpoints kept, the best one besides; 0: all", ge=0)
     resume: str = option("auto", "auto, never, or the path of a checkpoint")
     resume_override: bool = option(False, "continue although options that shape the result have changed")
-    initial_model: str | None = option(None, "weights to start from: a checkpoint of spknet or voxceleb_trainer")
+    initial_model: str | None = option(None, "weights to start from: whatever spknet.load reads")
     initial_weights: Literal["averaged", "trained"] = option(
         "averaged", "which weights of initial_model, where it has averages"
     )
-    frozen: str | list[str] | None = option(
-        None, "parts of the network that are not trained, by the beginnings of their names"
-    )
+    frozen: str | list[str] | None = option(None, "parts of the network not trained, by the beginnings of their names")
     allow_partial: bool = option(False, "start although initial_model lacks weights or has others")
     timeout_seconds: float = option(
         600.0, "seconds without a step of some rank, saving included, until it is named and the run stops", gt=0
@@ -310,7 +310,7 @@ class EvalConfig:
     weights: Literal["averaged", "trained"] = option(
         "averaged", "averaged where the run averages (train.average_epochs, train.ema)"
     )
-    batch_seconds: float = option(60.0, "seconds of audio embedded in one forward pass", gt=0)
+    batch_seconds: float = option(0.0, "audio in one forward pass, s; 0: half of the GPU's memory, 60 on a CPU", ge=0)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -11,6 +11,7 @@ from the seed and the module's name.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -25,9 +26,19 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-@lru_cache(maxsize=256)
-def _tag(tag: str) -> int:
+def _word(tag: str) -> int:
     return int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=8).digest(), "little")
+
+
+_tag = lru_cache(maxsize=256)(_word)
+
+
+def _base(seed: int, epoch: int, tags: np.ndarray) -> np.ndarray:
+    """The key that items are mixed with, of each tag's word, uint64."""
+    key = np.array([seed], dtype=np.uint64)
+    for word in (np.uint64(epoch), tags):
+        key = _mix(key + _GOLDEN) + word
+    return _mix(key + _GOLDEN)
 
 
 def bits(seed: int, epoch: int, tag: str, items: np.ndarray) -> np.ndarray:
@@ -35,14 +46,18 @@ def bits(seed: int, epoch: int, tag: str, items: np.ndarray) -> np.ndarray:
     items = np.asarray(items)
     flat, out = items.reshape(-1), np.empty(items.size, dtype=np.uint64)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        key = np.array([seed], dtype=np.uint64)
-        for word in (epoch, _tag(tag)):
-            key = _mix(key + _GOLDEN) + np.uint64(word)
-        base = _mix(key + _GOLDEN)
+        base = _base(seed, epoch, np.uint64(_tag(tag)))
         for first in range(0, len(flat), _BLOCK):
             block = flat[first : first + _BLOCK].astype(np.uint64) + np.uint64(1)
             out[first : first + _BLOCK] = _mix(base + block * _GOLDEN)
     return out.reshape(items.shape)
+
+
+def bits_of_names(seed: int, epoch: int, tag: str, names: Iterable[str]) -> np.ndarray:
+    """64 random bits for each name: those that `bits` draws for item 0 under the tag `tag + name`. (names,) uint64."""
+    with np.errstate(over="ignore"):
+        base = _base(seed, epoch, np.array([_word(tag + name) for name in names], dtype=np.uint64))
+        return _mix(base + _GOLDEN)
 
 
 def uniform(seed: int, epoch: int, tag: str, items: np.ndarray) -> np.ndarray:

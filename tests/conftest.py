@@ -59,6 +59,10 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def options(corpus):
+    return tiny_options(corpus)
+
+
+def tiny_options(corpus: Path) -> list[str]:
     """Words of a tiny training command on the corpus: a quarter of ResNetSE34L's channels, 0.5 s crops, N=8, M=2."""
     return (
         f"--data.train_shards {corpus}/shards --data.speakers_per_batch 8 --data.crop_seconds 0.5 --data.workers 0"

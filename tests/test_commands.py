@@ -24,6 +24,7 @@ READS = {
     "stats": ["IN"],
     "stage": ["IN", "OUT"],
     "train": ["--data.train_list", "IN", "--data.train_root", "CORPUS", "--run_dir", "OUT"],
+    "convert": ["IN", "OUT.safetensors"],
     "export": ["IN", "OUT", "--to", "onnx"],
     "trials": ["--list", "IN", "--all_speakers", "--out", "OUT"],
     "evaluate": ["--checkpoint", "IN", "--trials", "CORPUS/test_list.txt", "--root", "CORPUS", "--out", "OUT"],
@@ -43,7 +44,15 @@ READS = {
     "resubmit": ["IN"],
     "submit": ["--executor", "local", "--", "--config", "IN", "--run_dir", "OUT"],
 }
-NO_INPUT = {"musan", "voxceleb", "synth", "recipes", "voxceleb-trainer", "doctor"}  # downloads, or nothing to read
+NO_INPUT = {
+    "musan",
+    "voxceleb",
+    "synth",
+    "recipes",
+    "bench",
+    "voxceleb-trainer",
+    "doctor",
+}  # downloads, or nothing to read
 
 
 @pytest.fixture(scope="module")

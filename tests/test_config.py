@@ -47,7 +47,7 @@ def test_unknown_recipe_names_those_there_are():
     [
         (["--optim.lr", "fast"], "optim.lr: 'fast' given, expected .*number"),
         (["--optim.lr", "-1"], "optim.lr: -1 given, expected greater than 0"),
-        (["--train.precision", "int8"], "train.precision: 'int8' given, expected 'float32', 'bf16'"),
+        (["--train.precision", "int8"], "train.precision: 'int8' given, expected 'float32', 'tf32'"),
         (["--data.workers", "1.5"], "data.workers: 1.5 given, expected .*integer"),
         (["--data.workers", "-1"], "data.workers: -1 given, expected greater than or equal to 0"),
         (["--data.crop_seconds", "0"], "data.crop_seconds: 0 given, expected greater than 0"),

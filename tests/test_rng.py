@@ -31,6 +31,12 @@ def test_draws_are_uniform_and_uncorrelated():
     assert abs(np.corrcoef(x, y)[0, 1]) < 0.01
 
 
+def test_bits_of_names_are_those_of_their_tags():
+    names = ["id00012", "", "Ünïcode", "x" * 90]
+    one_by_one = [rng.bits(3, 1, "dev " + name, np.zeros(1))[0] for name in names]
+    assert rng.bits_of_names(3, 1, "dev ", names).tolist() == one_by_one
+
+
 def test_streams_of_different_keys_differ_and_repeat():
     assert rng.stream(1, 0, "a").integers(1 << 60) == rng.stream(1, 0, "a").integers(1 << 60)
     seen = {

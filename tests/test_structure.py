@@ -26,7 +26,6 @@ LINES, FUNCTION_LINES, PARAMETERS, FILES = 400, 50, 6, 12
 LONG_FUNCTIONS: dict[str, str] = {}
 MANY_PARAMETERS: dict[str, str] = {
     "spknet/data/sampler.py:__init__": "the settings of an epoch, each an option of its own, given by name",
-    "tools/bench/head.py:_rank": "what torch.multiprocessing hands to a process",
 }
 
 

@@ -152,19 +152,22 @@ def kill_part(part: str, node: int) -> Callable[[str], float]:
     return kill
 
 
+def fail_node(sandbox: Path, node: str) -> Callable[[str], float]:
+    """What stops a node, waits until the job has left all of them, and starts it again."""
+
+    def fail(job: str) -> float:
+        command(str(sandbox), "stop-node", node)
+        begun = time.monotonic()
+        wait_for("SLURM to see that the node is gone", 120, lambda: not on_its_nodes(job))
+        seconds = time.monotonic() - begun
+        command(str(sandbox), "start-node", node)
+        return seconds
+
+    return fail
+
+
 def interruptions(sandbox: Path | None) -> dict[str, tuple[list[str], Callable[[str], float | None] | None]]:
     """Name -> (launch.submit's options, what is done to the job once it trains; it may return the seconds to free nodes)."""
-
-    def fail_node(node: str) -> Callable[[str], float]:
-        def fail(job: str) -> float:
-            command(str(sandbox), "stop-node", node)
-            begun = time.monotonic()
-            wait_for("SLURM to see that the node is gone", 120, lambda: not on_its_nodes(job))
-            seconds = time.monotonic() - begun
-            command(str(sandbox), "start-node", node)
-            return seconds
-
-        return fail
 
     usual = ["--hours", "0.5", "--signal-delay", "60"]
     kinds = {
@@ -184,7 +187,7 @@ def interruptions(sandbox: Path | None) -> dict[str, tuple[list[str], Callable[[
                 # Without a restart by torchrun, which would keep the nodes.
                 restarts = ["--max-restarts", "0"] if part == "rank" else []
                 kinds[f"{part} of node {node} killed"] = ([*usual, *restarts], kill_part(part, node))
-            kinds[f"node {node} lost"] = (usual, fail_node(f"node{node + 1}"))
+            kinds[f"node {node} lost"] = (usual, fail_node(sandbox, f"node{node + 1}"))
     return kinds
 
 

@@ -25,6 +25,7 @@ from shards.pack import pack
 from spknet.train.metrics_log import read_metrics
 
 SOURCES, UTTERANCES, SAMPLES = 256, 3, 320
+SMALL = 30  # MiB: a process that is not worth a number
 
 OPEN = """
 import sys
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         pack_noise(out, chosen.speakers)
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    print("| stage | seconds | largest process, MiB | all processes, MiB |\n|---|---|---|---|")
+    print("| stage | seconds | peak of each process, MiB |\n|---|---|---|")
     again = [sys.executable, "-m", "tools.million", "--out", chosen.out, "--speakers", str(chosen.speakers)]
     words = training(out, chosen)
     with open(out / "million.log", "ab") as log:
@@ -121,7 +122,8 @@ def watch(stage: str, words: list[str], log, run_dir: Path | None = None, die_af
     if process.returncode and not killed:
         raise SystemExit(f"{stage}: exit status {process.returncode}: {' '.join(words)}")
     seconds = time.monotonic() - begun
-    print(f"| {stage} | {seconds:.0f} | {max(peaks.values()):.0f} | {sum(peaks.values()):.0f} |", flush=True)
+    each = " + ".join(f"{peak:,.0f}" for peak in sorted(peaks.values(), reverse=True) if peak >= SMALL)
+    print(f"| {stage} | {seconds:.0f} | {each} |", flush=True)
 
 
 def tree(root: int) -> dict[int, float]:

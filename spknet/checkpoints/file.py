@@ -14,13 +14,15 @@ some bytes of an archive have none. Files of earlier versions, and of others, la
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import math
 import re
 import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +71,25 @@ def save(
     """
     path = path_of(run_dir, state["step"])
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            dump({"format": FORMAT, **state}, file)
-            check()
-    except (OSError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):  # torch raises that wherever the program is
-            raise
-        raise CheckpointError(_unwritten(path, error)) from error
+        with told_as_unwritten(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                dump({"format": FORMAT, **state}, file)
+                check()
+    except CheckpointError:
+        remove_rows(path)
+        raise
     for old in steps(run_dir)[keep:] if keep > 0 else []:
         if old not in (state["step"], best_step):
             path_of(run_dir, old).unlink(missing_ok=True)
     remove_orphans(run_dir)
     return path
+
+
+def remove_rows(path: Path) -> None:
+    """Deletes the rows of a checkpoint that could not be written: a full disk has other uses for the room."""
+    if not path.exists():
+        shutil.rmtree(folder_of(path), ignore_errors=True)
 
 
 def remove_orphans(run_dir: str | Path) -> None:
@@ -120,14 +128,21 @@ def dump(state: dict[str, Any], file) -> None:
     file.write(SEAL_BYTES.to_bytes(2, "little") + SEAL % summed.crc)
 
 
-def _unwritten(path: Path, error: Exception) -> str:
-    reason = str(of_system(error)) if isinstance(error, OSError) else str(error).split("\n")[0]
-    free = shutil.disk_usage(path.parents[1]).free
-    kept = "earlier checkpoints are intact" if steps(path.parents[1]) else "there is no earlier one"
-    return (
-        f"cannot write checkpoint {path}: {reason} ({free / 2**20:.0f} MiB free there); {kept}: make room and start the same"
-        " command again"
-    )
+@contextlib.contextmanager
+def told_as_unwritten(path: Path) -> Iterator[None]:
+    """What keeps a checkpoint, or the rows of its head, from being written becomes a CheckpointError that says what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):  # torch raises that wherever the program is
+            raise
+        reason = str(of_system(error)) if isinstance(error, OSError) else str(error).split("\n")[0]
+        free = shutil.disk_usage(path.parents[1]).free
+        kept = "earlier checkpoints are intact" if steps(path.parents[1]) else "there is no earlier one"
+        raise CheckpointError(
+            f"cannot write checkpoint {path}: {reason} ({free / 2**20:.0f} MiB free there); {kept}: make room and start the"
+            " same command again"
+        ) from error
 
 
 def steps(run_dir: str | Path) -> list[int]:
@@ -149,7 +164,7 @@ def read(path: str | Path) -> Any:
             raise CheckpointError(f"{path} is a folder; give a file, or a run folder that holds checkpoints/step-*.pt")
         if not stat.S_ISREG(kind):
             raise CheckpointError(f"{path} is a pipe or a device, not a file")
-        _check_sums(path)
+        check_sums(path)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{path}: no such checkpoint; give a file, or a run folder that holds checkpoints/step-*.pt"
@@ -157,14 +172,15 @@ def read(path: str | Path) -> Any:
     except OSError as error:
         raise of_system(error) from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # a name may end in .safetensors, which torch would go by
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file, with advice that is not ours
         raise CheckpointError(_damaged(path, _reason(error))) from error
     return state
 
 
-def _check_sums(path: Path) -> None:
-    """Raises CheckpointError where the seal, or a member's sum, does not fit, and for what is no checkpoint."""
+def check_sums(path: Path) -> None:
+    """Looks at every byte of a file. Raises CheckpointError where the seal, or a member's sum, does not fit, and for what is no checkpoint."""
     with open(path, "rb") as file:
         head = file.read(64)
         if not head.strip():
@@ -231,28 +247,16 @@ def _damaged(path: Path, reason: str) -> str:
     return f"{path} is damaged or not a checkpoint: {reason}; use an earlier checkpoint"
 
 
-def _check_head(path: Path, state: dict[str, Any]) -> None:
-    for entry in state.get("head", {}).get("files", []):
-        rows = folder_of(path) / entry["name"]
-        size = rows.stat().st_size if rows.is_file() else 0
-        if size != entry["bytes"]:
-            raise CheckpointError(f"{path}: {rows} has {size} bytes, expected {entry['bytes']}: it is cut or missing")
+def newest(run_dir: str | Path, warn: Callable[[str], None], below: float = math.inf):
+    """(path, content) of the newest whole checkpoint of a run, or None where it has none; rows of a head in pieces apart.
 
-
-def newest(run_dir: str | Path, warn: Callable[[str], None], head: bool = True) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run, or None where it has none.
-
-    warn: called with a message for each damaged one passed over; head: the rows of a head in pieces must be there too.
+    warn: called with a message for each damaged one passed over; below: the step from which on all are known to be damaged.
     Raises CheckpointError where all are damaged.
     """
     found = steps(run_dir)
-    for step in found:
-        path = path_of(run_dir, step)
+    for path in (path_of(run_dir, step) for step in found if step < below):
         try:
-            state = read(path)
-            if head:
-                _check_head(path, state)
-            return path, state
+            return path, read(path)
         except CheckpointError as error:
             warn(f"{error} (using the one before it)")
     if found:

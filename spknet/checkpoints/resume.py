@@ -146,7 +146,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: Path) -> 
             fits = all(v.shape in (shape, ()) for v in values.values() if isinstance(v, torch.Tensor))
             if not fits:
                 raise ValueError(f"the moments of parameter {number} do not have its shape {tuple(shape)}")
-        optimizer.load_state_dict(state)
+        # Which kernels make the step is a matter of this run's device, not of the checkpoint's.
+        kernels = {name: optimizer.defaults[name] for name in ("foreach", "fused")}
+        optimizer.load_state_dict({**state, "param_groups": [{**group, **kernels} for group in state["param_groups"]]})
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: its optimizer does not fit this run's: {str(error).splitlines()[0] if str(error) else 'damaged'}"

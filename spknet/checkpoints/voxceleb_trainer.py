@@ -2,7 +2,7 @@
 
     {"__S__.conv1.weight": ..., "__L__.w": ...}                       2020
     {"model_state_dict": {the same}, "optimizer_state_dict": ..., "scheduler_state_dict": ..., "epoch": ...}     newer
-    {"model": {"conv1.filterbank.low_hz_": ...}}                      RawNet3
+    {"model": {"conv1.filterbank.low_hz_": ...}}                      RawNet3; an optimizer, a scheduler and an epoch may lie beside
 
 `module.` may stand before keys of a network that was trained on several GPUs. One table of rules turns our names into
 theirs; reading goes through the same table backwards. A window or filter bank in the file replaces the network's own: it is
@@ -15,19 +15,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from spknet.checkpoints import file as checkpoint
-from spknet.checkpoints import pieces as head
-from spknet.checkpoints.averages import with_averages
 from spknet.checkpoints.file import CheckpointError
-from spknet.checkpoints.head_rows import kept, load_head_by_speaker
 from spknet.config import ModelConfig
-from spknet.losses.classification import Classifier
-from spknet.losses.sharded import Sharded
 from spknet.models import MODELS
 
 HEAD = [
@@ -119,12 +112,17 @@ def their_name(module: nn.Module, key: str) -> str:
 
 
 def is_legacy_checkpoint(state: object) -> bool:
-    """Whether a file's content is one of the three wrappings above."""
+    """Whether a file's content is one of the wrappings above; what lies beside the weights (optimizer, epoch) does not count."""
     if not isinstance(state, dict) or "format" in state:
         return False
-    if "model_state_dict" in state or set(state) == {"model"}:
-        return True
-    return bool(state) and all(isinstance(v, Tensor) for v in state.values())
+    inner = _inner(state)
+    return "model_state_dict" in state or bool(inner) and all(isinstance(v, Tensor) for v in inner.values())
+
+
+def _inner(state: dict) -> dict:
+    """What the file holds of weights."""
+    wrapped = (state[name] for name in ("model_state_dict", "model") if isinstance(state.get(name), dict))
+    return next(wrapped, state)
 
 
 def split(state: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -135,9 +133,8 @@ def split(state: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             f"not a checkpoint of spknet or voxceleb_trainer: found {kind}; expected a state dict, alone, under"
             " model_state_dict or under model"
         )
-    inner = state.get("model_state_dict", state.get("model", state))
     network, loss = {}, {}
-    for key, value in inner.items():
+    for key, value in _inner(state).items():
         part, name = re.fullmatch(r"(?:module\.)*(?:__([SL])__\.)?(?:module\.)*(.*)", key).groups()
         (loss if part == "L" else network)[name] = value
     return network, loss
@@ -182,66 +179,25 @@ def load_into(model: nn.Module, loss: nn.Module | None, state: dict, allow_parti
     """
     theirs, their_loss = split(state)
     found, misfit = fit(model, theirs)
-    notes = _load(model, found, misfit, "network", allow_partial)
+    notes = load_fitting(model, found, misfit, "network", allow_partial)
     if loss is not None:
         found, misfit = fit(loss, their_loss)
-        notes += _load(loss, found, misfit, "loss", allow_partial=True)
+        notes += load_fitting(loss, found, misfit, "loss", allow_partial=True)
     return notes
 
 
-def load_initial(task, path: str, corpus, allow_partial: bool = False, weights: str = "averaged") -> list[str]:
-    """Starts a run from the weights of a checkpoint of spknet (a run folder or a file) or of voxceleb_trainer.
+def load_fitting(
+    module: nn.Module, found: dict[str, Tensor], misfit: Misfit, what: str, allow_partial: bool, options: str = ""
+) -> list[str]:
+    """Loads the entries that fit, returns a note where some did not; or raises CheckpointError, unless `allow_partial`.
 
-    weights: "averaged", where the checkpoint has averages, or "trained". task: has `model` and `loss`; corpus: its `utterances` name the speakers, so that a head of spknet finds its rows. Returns
-    notes; raises CheckpointError where the network does not fit.
+    options: of the command line that the file was made with, where they are known.
     """
-    if Path(path).is_dir():
-        found = checkpoint.newest(path, warn=print)
-        if found is None:
-            raise CheckpointError(f"{path} holds no checkpoints/step-*.pt; give a run folder or a checkpoint file")
-        path, state = found
-    else:
-        state = checkpoint.read(path)
-    start = f"starting from the weights of {path}"
-    if not checkpoint.is_ours(state):
-        return [start, *load_into(task.model, task.loss, state, allow_partial)]
-    if not isinstance(state.get("model"), dict) or not isinstance(state.get("loss"), dict):
-        raise CheckpointError(f"{path} lacks the weights of its network or loss; give another checkpoint")
-    state = with_averages(state, weights)
-    rate, ours = checkpoint.sample_rate(state), task.model.sample_rate
-    if rate != ours and not allow_partial:
-        raise CheckpointError(
-            f"{path} is of a network for {rate} Hz, the training data have {ours} Hz; give another checkpoint, or"
-            " --train.allow_partial true to start from its weights nonetheless"
-        )
-    own, theirs = task.model.state_dict(), state["model"]
-    fitting = {
-        key: value
-        for key, value in theirs.items()
-        if key in own and same_kind(value, own[key]) and value.shape == own[key].shape
-    }
-    misfit = Misfit(
-        [key for key in own if key not in theirs],
-        [key for key in theirs if key not in own],
-        [key for key in theirs if key in own and key not in fitting],
-    )
-    notes = _load(task.model, fitting, misfit, "network", allow_partial)
-    speakers = [str(name) for name in corpus.utterances.speakers]
-    labels = corpus.utterances.labels
-    if isinstance(task.loss, Sharded) or ("head" in state and isinstance(task.loss, Classifier)):
-        head.initialize(task.loss, path, state, speakers, labels)
-    else:
-        rows = load_head_by_speaker(task.loss, state, speakers, labels, corpus.classes_per_speaker)
-        task.loss.load_state_dict(rows)
-    has_rows = isinstance(task.loss, Sharded) or any(value.dim() for value in task.loss.state_dict().values())
-    return [start, *notes, *([kept(state, speakers)] if has_rows else [])]
-
-
-def _load(module: nn.Module, found: dict[str, Tensor], misfit: Misfit, what: str, allow_partial: bool) -> list[str]:
     if misfit and not allow_partial:
         raise CheckpointError(
             f"the checkpoint does not fit {type(module).__name__}: {misfit}. Give the options it was trained with"
-            " (--model.name, --model.encoder, --model.n_mels, ...), or --train.allow_partial true to start from what fits"
+            f" ({options or '--model.name, --model.encoder, --model.n_mels, ...'}), or --train.allow_partial true to start from"
+            " what fits"
         )
     module.load_state_dict(found, strict=False)
     return [f"warning: the {what} is loaded in part: {misfit}"] if misfit else []

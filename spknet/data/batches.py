@@ -16,7 +16,9 @@ import multiprocessing
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +52,47 @@ class Batch:
     augment: dict[str, torch.Tensor | np.ndarray | Mixing]  # see spknet.data.augment
 
     def pin_memory(self) -> Batch:
-        large = {name: v.pin_memory() for name, v in self.augment.items() if isinstance(v, torch.Tensor)}
-        return replace(self, crops=self.crops.pin_memory(), augment=self.augment | large)
+        """What goes to the device in memory that it can read by itself."""
+        pinned = {name: torch.as_tensor(getattr(self, name)).pin_memory() for name in ("crops", "labels", "draws")}
+        augment = {k: torch.as_tensor(v).pin_memory() if _is_array(v) else v for k, v in self.augment.items()}
+        return replace(self, augment=augment, **pinned)
 
     def to(self, device: torch.device) -> tuple[torch.Tensor, dict, torch.Tensor, torch.Tensor]:
-        """(crops, augment, labels, draws) on the device, copied without waiting where they are pinned."""
+        """(crops, augment, labels, draws) on the device. To a GPU they are copied on a stream of their own, while it
+        computes what it was told before; nothing waits but what uses them."""
+        arrived = []
 
         def move(value):
-            known = isinstance(value, (torch.Tensor, np.ndarray))
-            return torch.as_tensor(value).to(device, non_blocking=True) if known else value
+            if not _is_array(value):
+                return value
+            arrived.append(torch.as_tensor(value).to(device, non_blocking=True))
+            return arrived[-1]
 
-        return move(self.crops), {k: move(v) for k, v in self.augment.items()}, move(self.labels), move(self.draws)
+        with _beside_the_work(device, arrived):
+            return move(self.crops), {k: move(v) for k, v in self.augment.items()}, move(self.labels), move(self.draws)
+
+
+def _is_array(value) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray))
+
+
+@lru_cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _beside_the_work(device: torch.device, arrived: list[torch.Tensor]) -> Iterator[None]:
+    """Copies in here run beside what the device computes; what comes after the block waits for them."""
+    if device.type != "cuda":
+        yield
+        return
+    work = torch.cuda.current_stream(device)
+    with torch.cuda.stream(_copies(device)):
+        yield
+    work.wait_stream(_copies(device))
+    for tensor in arrived:
+        tensor.record_stream(work)  # its memory is free again when the work is done, not when it is forgotten
 
 
 class Steps(torch.utils.data.Dataset):

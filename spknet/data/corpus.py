@@ -29,8 +29,7 @@ def dev_speakers(speakers: list[str], wanted: int | str) -> np.ndarray:
     if isinstance(wanted, int):
         if not 0 <= wanted < len(speakers):
             raise ConfigError(f"data.dev_speakers={wanted}, but the data have {len(speakers)} speakers; keep out fewer")
-        hashes = [int(rng.bits(0, 0, "dev " + name, np.zeros(1))[0]) for name in speakers]
-        kept_out[np.argsort(hashes)[:wanted]] = True
+        kept_out[np.argsort(rng.bits_of_names(0, 0, "dev ", speakers))[:wanted]] = True
         return kept_out
     place = {name: i for i, name in enumerate(speakers)}
     for number, line in enumerate(Path(wanted).read_text().splitlines(), 1):

@@ -46,7 +46,7 @@ def mix(crops: torch.Tensor, augment: dict[str, torch.Tensor], samples: int, dty
     if len(augment.get("noise", ())):
         _add_noise(waves, augment, how)
     if len(touched):
-        waves[touched] = _levelled(waves[touched], power)
+        _set_level(waves, touched, power)
     if "gain_db" in augment:
         waves = _gain(waves, augment["gain_db"].to(dtype))
     if len(augment.get("lowpass_of", ())):
@@ -76,7 +76,7 @@ def _add_noise(waves: torch.Tensor, augment: dict[str, torch.Tensor], how: Mixin
         clean = _power(speech) if power is None else power[these]
         ratio = (clean + floor) / (_power(noise) + floor).clamp_min(1e-10)
         ratio = ratio / 10 ** (augment["noise_snr"][rows].to(waves.dtype)[:, None] / 10)
-        waves[these] = speech + noise * ratio.sqrt()
+        waves[these] = noise.mul_(ratio.sqrt()).add_(speech)
 
 
 def _reverberate(waves: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
@@ -95,11 +95,14 @@ def _convolve_unit_energy(waves: torch.Tensor, responses: torch.Tensor) -> torch
     return convolve(waves, responses / energy.sqrt())[:, : waves.shape[1]]
 
 
-def _levelled(waves: torch.Tensor, power: torch.Tensor | None) -> torch.Tensor:
-    """Waves of the given power, or divided by their peaks."""
-    if power is None:
-        return waves / (waves.abs().amax(dim=1, keepdim=True) + PEAK_FLOOR)
-    return waves * (power / _power(waves).clamp_min(1e-10)).sqrt()
+def _set_level(waves: torch.Tensor, these: torch.Tensor, power: torch.Tensor | None) -> None:
+    """Gives these waves, in place, a power, or divides them by their peaks."""
+    if power is not None:
+        waves[these] *= (power / _power(waves[these]).clamp_min(1e-10)).sqrt()
+        return
+    peaks = torch.ones_like(waves[:, :1])
+    peaks[these] = (waves.abs().amax(dim=1, keepdim=True) + PEAK_FLOOR)[these]
+    waves /= peaks
 
 
 def _gain(waves: torch.Tensor, gain_db: torch.Tensor) -> torch.Tensor:

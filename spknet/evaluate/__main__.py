@@ -20,6 +20,7 @@ from spknet.evaluate import evaluation, groups, report
 from spknet.evaluate.bootstrap import REPLICATES
 from spknet.evaluate.calibration import MEASURES, QUALITIES
 from spknet.evaluate.commands import Parser, at_least, check_file, check_writable
+from spknet.evaluate.embed import BATCH_HELP
 from spknet.evaluate.evaluation import Asked, evaluate, how_of, system_of, untrained
 from spknet.evaluate.lists import Cohort, Lists, open_lists, read_lists
 from spknet.evaluate.report import Report
@@ -41,7 +42,7 @@ EVAL_OPTIONS = {  # of the config's group eval; --eval.NAME is taken, too
         "choices": ("auto", "always", "never"),
         "help": "give every crop's embedding length 1 first",
     },
-    "batch_seconds": {"type": at_least(0.0, above=True), "help": "audio in one forward pass, seconds"},
+    "batch_seconds": {"type": at_least(0.0), "help": BATCH_HELP},
     "padding": {"choices": ("repeat", "zeros"), "help": "of utterances shorter than a crop"},
     "metrics": {"choices": ("default", "voxceleb_trainer"), "help": "arithmetic of EER and minDCF"},
     "scores": {"help": "file for the scores of the first list, besides --out"},

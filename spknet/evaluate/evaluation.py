@@ -306,6 +306,7 @@ def system_of(config: Config) -> System:
 
 def untrained(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """The same network with its initial weights."""
-    other = copy.deepcopy(model)
+    device = next(model.parameters()).device
+    other = copy.deepcopy(model).cpu()  # a GPU's generator draws other numbers
     rng.initialize(other, seed)
-    return other
+    return other.to(device)

@@ -126,11 +126,11 @@ class Cohort:
         known = None if self.speakers is None else set(self.speakers)
         names, where, samples, of = [], [], [], []
         for number, (folder, packed) in enumerate(zip(as_list(self.shards), sources.sets)):
-            for s, speaker in enumerate(packed.speakers):
+            bounds = packed.speaker_rows.tolist()
+            for s, (speaker, first, last) in enumerate(zip(packed.speakers, bounds, bounds[1:])):
                 # A run on several data sets calls its speakers SET/SPEAKER.
                 if known is not None and known.isdisjoint((speaker, f"{Path(folder).name}/{speaker}")):
                     continue
-                first, last = int(packed.speaker_rows[s]), int(packed.speaker_rows[s + 1])
                 rows = [first + i for i in spread(last - first, self.utterances)]
                 names += [packed.key(row) for row in rows]
                 where += [(number, row) for row in rows]

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from spknet.evaluate.lists import trained_speakers
 from spknet.evaluate.trials import TrialError, open_text, read_utterances, separator
 
 HARDEST = 10  # nearest speakers that hard impostors are drawn from
+ROWS = 64  # speakers that are compared with all at a time
 TRIES = 50  # draws for one non-target before a speaker is given up: all its pairs are taken
 
 
@@ -49,7 +52,7 @@ def target_pairs(
 
 
 def nontarget_pairs(
-    speaker: str, others: list[str], of: dict[str, list[str]], limit: int, draw, taken: set
+    speaker: str, others: Sequence[str], of: dict[str, list[str]], limit: int, draw, taken: set
 ) -> list[tuple]:
     """At most `limit` pairs of a speaker's utterances with those of `others`, none in `taken` either way round."""
     pairs = []
@@ -67,9 +70,28 @@ def nontarget_pairs(
     return pairs
 
 
-def same_value(speakers: list[str], values: dict[str, str]) -> dict[str, list[str]]:
+class AllBut(Sequence):
+    """A list without the speaker at one place: a list of its own for each of a million speakers would fill any memory."""
+
+    def __init__(self, speakers: list[str], place: int):
+        self.speakers, self.place = speakers, place
+
+    def __len__(self) -> int:
+        return len(self.speakers) - 1
+
+    def __getitem__(self, i: int) -> str:
+        return self.speakers[i + (i >= self.place)]
+
+
+def same_value(speakers: list[str], values: dict[str, str]) -> dict[str, Sequence[str]]:
     """For each speaker the others with the same value (gender); none for a speaker without one."""
-    return {s: [o for o in speakers if o != s and values.get(s) and values.get(o) == values[s]] for s in speakers}
+    groups = defaultdict(list)
+    for speaker in speakers:
+        groups[values.get(speaker)].append(speaker)
+    others: dict[str, Sequence[str]] = dict.fromkeys(speakers, ())
+    for value, group in groups.items():
+        others |= {speaker: AllBut(group, i) for i, speaker in enumerate(group) if value}
+    return others
 
 
 def nearest(of: dict[str, list[str]], embedded) -> dict[str, list[str]]:
@@ -79,14 +101,22 @@ def nearest(of: dict[str, list[str]], embedded) -> dict[str, list[str]]:
         raise TrialError(f"hard impostors need an embedding of every utterance; there is none of {absent}")
     rows, speakers = scoring.vectors(embedded.embeddings), list(of)
     means = scoring.unit(np.stack([rows[[embedded.rows[u] for u in of[s]]].mean(axis=0) for s in speakers]))
-    likeness = means @ means.T
-    np.fill_diagonal(likeness, -np.inf)
-    order = np.argsort(-likeness, axis=1, kind="stable")[:, : min(HARDEST, len(speakers) - 1)]
-    return {speaker: [speakers[j] for j in order[i]] for i, speaker in enumerate(speakers)}
+    return {speaker: [speakers[j] for j in best] for speaker, best in zip(speakers, _most_alike(means))}
+
+
+def _most_alike(means: np.ndarray) -> Iterator[np.ndarray]:
+    """For each row the HARDEST others with the highest cosines, the lowest number first among equals. means (S, D)."""
+    count = min(HARDEST, len(means) - 1)
+    for start in range(0, len(means), ROWS):
+        likeness = means[start : start + ROWS] @ means.T
+        for i, cosines in enumerate(likeness, start):
+            cosines[i] = -np.inf
+            near = np.flatnonzero(cosines >= np.partition(cosines, -count)[-count])
+            yield near[np.argsort(-cosines[near], kind="stable")[:count]]
 
 
 def make(
-    of: dict[str, list[str]], others: dict[str, list[str]], how: argparse.Namespace
+    of: dict[str, list[str]], others: dict[str, Sequence[str]], how: argparse.Namespace
 ) -> tuple[list[str], list[str]]:
     """Lines `label a b` in a shuffled order, and what to tell the user. of: utterances of each speaker; others: its impostors;
     how: targets, nontargets, seed, same_session."""
@@ -119,11 +149,12 @@ def make(
 def _utterances(chosen: argparse.Namespace) -> dict[str, list[str]]:
     if not chosen.shards:
         return read_utterances(chosen.list)
-    of, data = {}, open_shards(chosen.shards)
-    for s, speaker in enumerate(data.speakers):
-        first, last = int(data.speaker_rows[s]), int(data.speaker_rows[s + 1])
-        of[str(speaker)] = [data.key(row) for row in range(first, last)]
-    return of
+    data = open_shards(chosen.shards)
+    bounds = data.speaker_rows.tolist()
+    return {
+        speaker: [data.key(row) for row in range(first, last)]
+        for speaker, first, last in zip(data.speakers, bounds, bounds[1:])
+    }
 
 
 def _allowed(chosen: argparse.Namespace, speakers: list[str]) -> list[str]:
@@ -160,12 +191,13 @@ def without(speakers: list[str], trained: list[str]) -> list[str]:
     speaker is left out if the name without SET is that of any training speaker.
     """
     if any("/" in s for s in speakers) == any("/" in s for s in trained):
-        return [s for s in speakers if s not in set(trained)]
+        known = set(trained)
+        return [s for s in speakers if s not in known]
     last = {s.rpartition("/")[2] for s in trained}
     return [s for s in speakers if s.rpartition("/")[2] not in last]
 
 
-def _impostors(chosen: argparse.Namespace, of: dict[str, list[str]]) -> dict[str, list[str]]:
+def _impostors(chosen: argparse.Namespace, of: dict[str, list[str]]) -> dict[str, Sequence[str]]:
     speakers = sorted(of)
     if chosen.impostors == "same-gender":
         if not chosen.metadata:
@@ -178,7 +210,7 @@ def _impostors(chosen: argparse.Namespace, of: dict[str, list[str]]) -> dict[str
         if not chosen.embeddings:
             raise TrialError("--impostors hard needs --embeddings FOLDER, written by `spknet embed`")
         return nearest({s: of[s] for s in speakers}, kept.load(chosen.embeddings)[0])
-    return {s: [o for o in speakers if o != s] for s in speakers}
+    return same_value(speakers, dict.fromkeys(speakers, "any"))
 
 
 def main(argv: list[str] | None = None) -> int:

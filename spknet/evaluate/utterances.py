@@ -85,9 +85,6 @@ class Places:
     def missing(self) -> list[str]:
         return [name for name, place in zip(self.names, self.where) if place is None]
 
-    def subset(self, chosen: list[int]) -> Places:
-        return Places([self.names[i] for i in chosen], [self.where[i] for i in chosen], self.samples[chosen])
-
 
 def as_list(value: str | list[str] | None) -> list[str]:
     """An option that may be one path, several or none, as a list."""

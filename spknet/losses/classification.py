@@ -138,6 +138,20 @@ class MarginSoftmax(Classifier):
         p = self.top_k_margin * self.margin / 0.2
         return cosine * math.cos(p) + sine_of(cosine) * math.sin(p)
 
+    def with_penalties(self, cosines: Tensor, hardest: Tensor) -> Tensor:
+        """Cosines (rows, classes) with those of the hardest others (rows, k), -1 for none, made harder.
+
+        Without a list of what is there, whose length the host would have to wait for: a -1 repeats another entry of its row, or
+        where there is none writes back what column 0 has, and only one entry of those that write a value carries its gradient.
+        """
+        last = hardest.amax(dim=1, keepdim=True)
+        none = last < 0
+        carries = (hardest >= 0) | (none & (torch.arange(hardest.shape[1], device=hardest.device) == 0))
+        columns = torch.where(hardest >= 0, hardest, last.clamp(min=0))
+        old = cosines.gather(1, columns)
+        new = torch.where(none, old, self.penalised(old))
+        return cosines.scatter(1, columns, torch.where(carries, new, new.detach()))
+
     def others(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Cosines with the right class left out (-2), (rows, classes): what the hardest are chosen from."""
         return at_targets(cosines_of(x, weight, self.centers), targets, lambda old: torch.full_like(old, -2))
@@ -149,9 +163,7 @@ class MarginSoftmax(Classifier):
                 with torch.no_grad():
                     left = self.others(x, weight, targets)
                     hardest = left.topk(min(self.top_k, left.shape[1] - 1), dim=1).indices
-            row, k = (hardest >= 0).nonzero(as_tuple=True)
-            column = hardest[row, k]
-            cosines = cosines.index_put((row, column), self.penalised(cosines[row, column]))
+            cosines = self.with_penalties(cosines, hardest)
         return self.scale * at_targets(cosines, targets, self.with_margin)
 
 

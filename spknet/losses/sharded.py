@@ -33,7 +33,7 @@ sample of the classes only: see spknet.losses.sampled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -62,9 +62,13 @@ class Piece:
 
     seen: Tensor | None = None  # with loss.sample: the last step that had each class in its sample, -1 for none
     sample: Tensor | None = None  # classes of a sample, in order: weight and bias then have these rows only
+    average: dict[str, Tensor] = field(default_factory=dict)  # of weight and bias (spknet.train.averaging)
+
+    def values(self) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
 
     def parameters(self) -> list[nn.Parameter]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+        return list(self.values().values())
 
     def columns(self, classes: Tensor) -> Tensor:
         """Columns of these classes in this piece, -1 for those that it has not."""
@@ -190,8 +194,8 @@ class Sharded(Loss):
         logits = self.logits(piece, leaves, targets, hardest)
         with torch.no_grad():
             slope = (logits - total[:, None].to(logits.dtype)).exp_()
-            row = (piece.columns(targets) >= 0).nonzero()[:, 0]
-            slope[row, piece.columns(targets)[row]] -= 1
+            column = piece.columns(targets)[:, None]
+            slope.scatter_add_(1, column.clamp(min=0), -(column >= 0).to(slope.dtype))
             slope *= scale
         return torch.autograd.grad(logits, leaves, slope)
 

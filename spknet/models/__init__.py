@@ -12,8 +12,10 @@ from torch import nn
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
 from spknet.models.campplus import CAMPlusPlus
 from spknet.models.dfresnet import DFResNet60, DFResNet114, DFResNet183, DFResNet237
-from spknet.models.ecapa import ECAPA512, ECAPA1024
+from spknet.models.ecapa import ECAPA, ECAPA512, ECAPA1024
 from spknet.models.eres2netv2 import ERes2NetV2
+from spknet.models.lstm import GE2ELSTM
+from spknet.models.network import Network
 from spknet.models.rawnet3 import RawNet3
 from spknet.models.redimnet import LAYOUTS, ReDimNet, ReDimNet2
 from spknet.models.res2net import Res2Net34
@@ -47,6 +49,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "ECAPA-512": ECAPA512,
     "ECAPA-1024": ECAPA1024,
     "CAM++": CAMPlusPlus,
+    "GE2E-LSTM": GE2ELSTM,
     **{name: ReDimNet2 if name.startswith("ReDimNet2") else ReDimNet for name in LAYOUTS},
 }
 
@@ -65,6 +68,10 @@ def build_model(config: ModelConfig, sample_rate: int = 16000, features: Feature
         raise ConfigError(
             f"model.encoder {config.encoder}: {config.name} has no such encoder; it takes {', '.join(network.encoders)}"
         )
+    if features and features.batch_norm and not issubclass(network, Network):
+        raise ConfigError(f"features.batch_norm: {config.name} normalises in its own way; leave it out")
+    if config.pool_input and not issubclass(network, ECAPA):
+        raise ConfigError(f"model.pool_input: {config.name} has no such option; give ECAPA-512 or ECAPA-1024")
     built = network(config, sample_rate, features)
     built.sample_rate = sample_rate
     return built

@@ -7,6 +7,9 @@
     conv      1x1 of the three blocks' outputs, 3C -> 1536, ReLU
     pool      attentive statistics with global context · norm · Linear 192
 
+With `model.pool_input` the features and their differences over two frames are further channels of the pooling (ours).
+Their means and deviations are the averaged cepstra that tell speakers of few data apart, and the last layer weighs them.
+
 Every layer is convolution with bias, ReLU, norm. In Res2 each group but one goes through a convolution over 3 frames
 of its own that also sees the group before it.
 
@@ -184,6 +187,8 @@ class ECAPA(Network):
         self.layer4 = Block(channels, 4, padding, speechbrain)
         self.conv = nn.Conv1d(3 * channels, wide, 1)
         self.conv_bn = nn.BatchNorm1d(wide) if speechbrain else None
+        self.pool_input = config.pool_input
+        wide += 2 * self.bands * self.pool_input
         self.pool = self.build_pool(config.encoder, wide)
         self.bn = nn.BatchNorm1d(POOLINGS[config.encoder] * wide)
         self.linear = nn.Linear(POOLINGS[config.encoder] * wide, config.embedding_size)
@@ -207,12 +212,19 @@ class ECAPA(Network):
         x3 = self.layer3(x1 + x2 if sums else x2, mask)
         x4 = self.layer4(x1 + x2 + x3 if sums else x3, mask)
         y = self.conv(torch.cat([x2, x3, x4], dim=1)).relu()
-        return y if self.conv_bn is None else self.conv_bn(y)
+        y = y if self.conv_bn is None else self.conv_bn(y)
+        return torch.cat([y, x, differences(x)], dim=1) if self.pool_input else y
 
     def embed_frames(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         pooled = self.pool(x) if lengths is None else self.pool(x, length_mask(lengths, x.shape[2]))
         y = self.linear(self.bn(pooled))
         return y if self.bn2 is None else self.bn2(y)
+
+
+def differences(x: Tensor) -> Tensor:
+    """The frame after less the frame before, ends repeated: (batch, bands, frames) -> the same shape."""
+    x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2)
+    return x[:, :, 2:] - x[:, :, :-2]
 
 
 def length_mask(lengths: Tensor, frames: int) -> Tensor:

@@ -17,6 +17,10 @@
 `frames` runs in the precision of the autocast, `embed_frames` in its parameters': statistics in bfloat16 lose what
 they measure.
 
+`features.batch_norm` puts a BatchNorm over the bands between features and network, as `input_norm`. With
+`features.remove_mean false` the mean spectrum of an utterance stays: what voice, microphone and room have in common.
+Bands are then far from 0, which is what convolutions pad with and masks put in, until that norm brings them there.
+
 Frames. A pooling that needs a deviation needs two frames, so a network that strides time by s needs s + 1 frames of
 features (ResNet34: 9). Fewer are repeated from the first on until there are enough. Batches hold utterances of one
 length: training crops them so and evaluation groups them so. Padding would be frames like any others; only a network
@@ -34,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
-from spknet.models.features import at_least
+from spknet.models.features import apply_masks, at_least
 from spknet.models.front_ends import build_features
 from spknet.models.pooling import POOLINGS, fewest_frames
 
@@ -64,6 +68,7 @@ class Network(nn.Module):
         self.bands = self.features.bands
         # Of features; an utterance of fewer is repeated.
         self.fewest_frames = self.time_stride * (fewest_frames(config.encoder) - 1) + 1
+        self.input_norm = nn.BatchNorm1d(self.bands) if features and features.batch_norm else None
         self.build(config)
 
     def build(self, config: ModelConfig) -> None:
@@ -79,10 +84,14 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
-        return self.embed_features(self.features(waves, masks).mT)
+        if self.input_norm is None:
+            return self.embed_features(self.features(waves, masks).mT)
+        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
+            features = self.input_norm(self.features(waves))
+        return self.embed_features(apply_masks(features, masks).mT)
 
     def embed_features(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(batch, frames, bands) -> (batch, embedding_size).
+        """(batch, frames, bands), normalised by `input_norm` where there is one -> (batch, embedding_size).
 
         lengths (batch,): the part of each row's frames that is no padding, in (0, 1]; where `takes_lengths`.
         """
@@ -101,14 +110,19 @@ class Network(nn.Module):
             x = x.to(next(self.parameters()).dtype)
             return self.embed_frames(x) if lengths is None else self.embed_frames(x, lengths)
 
+    def our_name(self, key: str) -> str:
+        """The name here of an official checkpoint's entry."""
+        for pattern, replacement in self.renames.get(self.variant, []):
+            key = re.sub(pattern, replacement, key)
+        return key
+
     def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """An official checkpoint's entries under our names; a 1x1 convolution that is a linear layer here is reshaped."""
         own, renamed = self.state_dict(), {}
         for key, value in state.items():
-            for pattern, replacement in self.renames.get(self.variant, []):
-                key = re.sub(pattern, replacement, key)
-            fits = key in own and own[key].numel() == value.numel()
-            renamed[key] = value.reshape(own[key].shape) if fits else value
+            key = self.our_name(key)
+            ones = (1,) * (value.dim() - own[key].dim()) if key in own else ()
+            renamed[key] = value.reshape(own[key].shape) if ones and value.shape == own[key].shape + ones else value
         return renamed
 
 

@@ -131,6 +131,7 @@ CHOOSE = {
     "DF-ResNet237": "for the largest of its family; no figures are known here.",
     "SimAM-ResNet34": "to fine-tune the checkpoint trained on VoxBlink2's 110,000 speakers.",
     "SimAM-ResNet100": "to fine-tune the larger checkpoint of these 110,000 speakers; the most costly network here.",
+    "GE2E-LSTM": "to use Resemblyzer's checkpoint, or Real-Time-Voice-Cloning's; train another one instead.",
     "ReDimNet-B0": "to use the released checkpoint; train ReDimNet2-B0 instead.",
     "ReDimNet-B1": "to use the released checkpoint; train ReDimNet2-B1 instead.",
     "ReDimNet-B2": "to use the released checkpoint; train ReDimNet2-B2 instead.",

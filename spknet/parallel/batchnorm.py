@@ -12,15 +12,23 @@ evaluation uses. Backward: with x^ = (x - mean) / sqrt(var + eps) and n rows in 
 where both sums go over all ranks (2 C numbers, gathered). dw and db are left as this rank's own sums: AveragedGradients averages
 them like every other parameter's gradient. One custom operator, so that torch.compile keeps it in the graph.
 
-    model = globalize(model)  # replaces every nn.BatchNorm; names of parameters stay
+Each layer meets the other ranks twice a step. What costs no meetings (docs/scaling.md says where that matters), and is the same
+on any number of ranks too: statistics of each of G fixed groups of the global batch, where the ranks divide G (Hoffer et al.
+2017, "ghost batches"), or frozen ones. Running statistics are then the mean over the groups: one meeting a step for all layers.
+
+    model = globalize(model)     # replaces every nn.BatchNorm; names of parameters stay
+    model = globalize(model, 8)  # statistics of 8 groups; 0: frozen
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
-from spknet.parallel.gather import gather_detached, world_size
+from spknet.config import ConfigError
+from spknet.parallel.gather import exchange, gather_detached, world_size
 
 
 @torch.library.custom_op("spknet::batch_norm_global", mutates_args=())
@@ -99,6 +107,11 @@ def _is_channels_last(x: torch.Tensor) -> bool:
 
 _normalize.register_autograd(_autograd, setup_context=_setup)
 
+# Ranks meet in both: a compiler may leave no call out, merge no two, and must keep their order. (An older torch cannot be told so.)
+for operator in (_normalize, _backward):
+    if hasattr(operator, "register_effect"):
+        operator.register_effect(torch.library.EffectType.ORDERED)
+
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """A BatchNorm whose training statistics are those of all ranks' rows. x: (batch, channels, ...)."""
@@ -123,16 +136,75 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
 
-def globalize(module: nn.Module) -> nn.Module:
-    """Replaces every nn.BatchNorm in `module` by one over the global batch, keeping parameters, buffers and names."""
+class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A BatchNorm with statistics of its own for each of `groups` groups of the global batch; 0: of the running ones alone."""
+
+    groups = 1
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.training and self.groups):
+            buffers = (self.running_mean, self.running_var, self.weight, self.bias)
+            return F.batch_norm(x, *buffers, False, 0.0, self.eps)
+        parts, statistics = [], []
+        for part in x.unflatten(0, (self.groups // world_size(), -1)).unbind(0):
+            found = torch.zeros_like(self.running_mean), torch.ones_like(self.running_var)
+            # With momentum 1 torch leaves the batch's own statistics.
+            parts.append(F.batch_norm(part, *found, self.weight, self.bias, True, 1.0, self.eps))
+            statistics.append(torch.stack(found))
+        mean, variance = torch.stack(statistics).mean(0)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance, self.momentum)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _average_running(model: nn.Module, _inputs, _output) -> None:
+    """A hook after the forward pass: running statistics become their mean over ranks. Averages of averages are linear, so
+    this is what one rank with all groups would have."""
+    layers = [part for part in model.modules() if isinstance(part, GroupBatchNorm) and part.training]
+    if not layers or world_size() == 1:
+        return
+    buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
+    every = torch.cat(buffers)
+    with exchange:
+        dist.all_reduce(every)
+    for buffer, mean in zip(buffers, (every / world_size()).split([len(buffer) for buffer in buffers])):
+        buffer.copy_(mean)
+
+
+def check_groups(groups: int, speakers: int) -> None:
+    """Raises ConfigError where so many groups (train.batchnorm_groups) cannot be cut from so many speakers by these ranks."""
+    if groups > 1 and (speakers % groups or groups % world_size()):
+        raise ConfigError(
+            f"train.batchnorm_groups {groups}: with {speakers} speakers in a batch and {world_size()} ranks expected a"
+            " multiple of the ranks that divides the speakers; or 1, the whole batch"
+        )
+
+
+def globalize(module: nn.Module, groups: int = 1) -> nn.Module:
+    """Replaces every nn.BatchNorm in `module`, keeping parameters, buffers and names: by one over the global batch, or
+    over each of several groups of it, or (groups 0) with frozen statistics."""
+    if groups > 1:
+        module.register_forward_hook(_average_running)
+    _replace(module, groups)
+    return module
+
+
+def _replace(module: nn.Module, groups: int) -> None:
+    kind = GlobalBatchNorm if groups == 1 else GroupBatchNorm
     for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, GlobalBatchNorm):
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, kind):
             settings = (child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
-            new = GlobalBatchNorm(*settings)
-            new.weight, new.bias, new.training = child.weight, child.bias, child.training
+            new = kind(*settings)
+            new.weight, new.bias, new.training, new.groups = child.weight, child.bias, child.training, groups
             for buffer in ("running_mean", "running_var", "num_batches_tracked"):
                 setattr(new, buffer, getattr(child, buffer))
             setattr(module, name, new)
         else:
-            globalize(child)
-    return module
+            _replace(child, groups)

@@ -20,8 +20,25 @@ the global sums.
 
 from __future__ import annotations
 
+import time
+
 import torch
 import torch.distributed as dist
+
+
+class _Clock:
+    """Seconds that this process has spent in collectives that block it: on CPUs all but the gradients' own way."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self.seconds += time.perf_counter() - self.begun
+
+
+exchange = _Clock()
 
 
 def world_size() -> int:
@@ -47,7 +64,8 @@ class _GatherRows(torch.autograd.Function):
             _reduce_scatter(own, gradient.contiguous())
             return own
         total = gradient.contiguous().clone()
-        dist.all_reduce(total)
+        with exchange:
+            dist.all_reduce(total)
         return total.chunk(world_size())[rank()]
 
 
@@ -59,7 +77,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def gather_detached(rows: torch.Tensor) -> torch.Tensor:
     """Rows of all ranks in rank order, (W * n, ...), without gradient."""
     out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-    _all_gather(out, rows.contiguous())
+    with exchange:
+        _all_gather(out, rows.contiguous())
     return out
 
 
@@ -77,5 +96,6 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """Sum over ranks of a tensor, without gradient. With one rank, the value itself (detached)."""
     value = value.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(value)
+        with exchange:
+            dist.all_reduce(value)
     return value

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import queue
 import re
@@ -22,15 +23,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from spknet.errors import UserError
+from spknet.parallel import torchrun
 from spknet.parallel.nodelist import first_host, rendezvous_port
+from spknet.parallel.process import identity
 
 PATIENCE = 10.0  # seconds of waiting after which a rank says what it waits for
 GOODBYE = 2.0  # seconds that the store outlives its rank's last words
@@ -68,6 +70,7 @@ class Meeting:
     address: tuple[str, int] | None = None
     limit: float = 600.0  # seconds that a rank waits for the others
     serves: bool = False  # whether this process holds the store
+    peers: dict[int, tuple] = field(default_factory=dict)  # of each rank: host, and its process' identity
 
 
 _meeting = Meeting(Ranks())
@@ -218,13 +221,14 @@ def _attempt() -> str:
 def _await_all(where: Meeting) -> None:
     """Every rank says that it is here and how many it expects; all learn who is missing."""
     me, store = where.me, where.store
-    store.set(f"here/{me.rank}", f"{me.world_size} {socket.gethostname()}")
+    store.set(f"here/{me.rank}", json.dumps([me.world_size, socket.gethostname(), *identity()]))
     begun = told = time.monotonic()
     missing = list(range(me.world_size))
     while missing:
         for rank in [r for r in missing if store.check([f"here/{r}"])]:
             missing.remove(rank)
-            _check_size(me, rank, *store.get(f"here/{rank}").decode().split(" ", 1))
+            size, *where.peers[rank] = json.loads(store.get(f"here/{rank}"))
+            _check_size(me, rank, size, where.peers[rank][0])
         now = time.monotonic()
         names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         if missing and now - begun > where.limit:
@@ -237,8 +241,8 @@ def _await_all(where: Meeting) -> None:
         time.sleep(0.05 if missing else 0)
 
 
-def _check_size(me: Ranks, rank: int, size: str, host: str) -> None:
-    if int(size) != me.world_size:
+def _check_size(me: Ranks, rank: int, size: int, host: str) -> None:
+    if size != me.world_size:
         raise RankError(
             f"rank {rank} ({host}) was started as one of {size}, rank {me.rank} as one of {me.world_size}; start all"
             " with one WORLD_SIZE"
@@ -321,16 +325,6 @@ def threads_of(me: Ranks) -> int:
     """CPU threads of a rank: OMP_NUM_THREADS where the user has set it (of nested values, `2,1`, the first), else an equal
     share of the cores. The 1 that torchrun sets where nobody has said anything does not count."""
     word = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if word.isdigit() and int(word) > 0 and not (word == "1" and _set_by_torchrun()):
+    if word.isdigit() and int(word) > 0 and not (word == "1" and torchrun.sets_threads()):
         return int(word)
     return max(1, len(os.sched_getaffinity(0)) // me.local_size)
-
-
-def _set_by_torchrun() -> bool:
-    # The agent changes its own environment: what it was started with still stands in /proc.
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return False
-    with contextlib.suppress(OSError):
-        given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-        return not any(word.startswith(b"OMP_NUM_THREADS=") for word in given)
-    return False

@@ -24,7 +24,9 @@ import torch.distributed as dist
 from spknet.errors import UserError, of_system
 from spknet.parallel.ranks import RankError, RankLost, here, meeting
 
+PIECE = 1 << 22  # bytes of one entry of the store, which closes the connection from 8 MiB on
 _rounds = 0  # exchanges so far; equal on all ranks
+_told: list[list[str]] = []  # on rank 0, the keys of the last rounds
 
 
 class Failed(RuntimeError):
@@ -40,21 +42,42 @@ def gather_objects(value: Any) -> list:
     number, _rounds = _rounds, _rounds + 1
     # Pickled, as torch's own collectives of objects are: whoever reaches the store's port is taken for a rank.
     try:
-        store.set(f"round {number}/{me.rank}", pickle.dumps(value))
         if not me.first:
-            return pickle.loads(store.get(f"round {number}"))
-        every = []
-        for rank in range(me.world_size):
+            _put(store, f"round {number}/{me.rank}", value)
+            return _take(store, f"round {number}")[0]
+        every = [value]
+        for rank in range(1, me.world_size):
             late = rank
-            every.append(pickle.loads(store.get(f"round {number}/{rank}")))
-            store.delete_key(f"round {number}/{rank}")
-        store.set(f"round {number}", pickle.dumps(every))
-        # All have come here, so all have read the round before the last one.
-        store.delete_key(f"round {number - 2}")
+            theirs, keys = _take(store, f"round {number}/{rank}")
+            every.append(theirs)
+            for key in keys:
+                store.delete_key(key)
+        _told.append(_put(store, f"round {number}", every))
+        while len(_told) > 2:  # all have come here, so all have read the round before the last one
+            for key in _told.pop(0):
+                store.delete_key(key)
         return every
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         gone = f"rank {late} or the store" if me.first else "rank 0"
         raise RankLost(f"{gone} is gone; the run continues from its newest checkpoint ({_first_line(error)})") from None
+
+
+def _put(store: dist.Store, key: str, value: Any) -> list[str]:
+    """Writes a value into the store, in pieces, the number of all before the first; returns their keys."""
+    data = pickle.dumps(value)
+    parts = [data[start : start + PIECE] for start in range(0, len(data), PIECE)]
+    keys = [key, *(f"{key} piece {i}" for i in range(1, len(parts)))]
+    for name, part in list(zip(keys, parts))[:0:-1]:
+        store.set(name, part)
+    store.set(key, b"%d " % len(parts) + parts[0])  # last: who sees it finds the others
+    return keys
+
+
+def _take(store: dist.Store, key: str) -> tuple[Any, list[str]]:
+    """Waits for what `_put` writes: the value, and its keys."""
+    count, _, data = store.get(key).partition(b" ")
+    keys = [f"{key} piece {i}" for i in range(1, int(count))]
+    return pickle.loads(b"".join([data, *map(store.get, keys)])), [key, *keys]
 
 
 def broadcast(value: Any) -> Any:

@@ -54,7 +54,8 @@ def exchange_pieces(own: Tensor, pieces: int) -> Tensor:
     sent = own.new_zeros((world, max(counts), *by_rank.shape[2:]))
     sent[:, : len(own)] = by_rank
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
+    with gather.exchange:
+        dist.all_to_all_single(received, sent)
     return torch.cat([part[:count] for part, count in zip(received, counts)])
 
 
@@ -106,7 +107,8 @@ def sum_for_owners(tree: Tree, pieces: int, like: Tensor) -> Tensor:
     for k, (_, _, value) in enumerate(tree.nodes):
         sent[:, k] = value.unflatten(0, (world, -1))
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
+    with gather.exchange:
+        dist.all_to_all_single(received, sent)
     whole = Tree()
     for theirs, layout in zip(received, layouts):
         for value, (first, size) in zip(theirs, layout):

@@ -1,8 +1,10 @@
 """No rank waits for ever: whoever fails alone tells the others, and a rank that stalls, dies or is cut off is named.
 
 A collective that waits for a rank cannot be interrupted from Python. So each rank has two threads beside its work. One
-tells the store what the rank does and looks whether another one has failed, through a connection of its own. One looks at
-the clock: at how long the rank has been without a step, and at how long the store has not answered. Either ends the process
+tells the store what the rank does and looks whether another one has failed, through a connection of its own. It also looks
+at the other ranks' processes on this machine, which the kernel knows to be dead within a second, and, where nothing else
+limits its patience, at signs of life from elsewhere: rank 0 at everyone's, the others at rank 0's. One thread looks at the
+clock: at how long the rank has been without a step, and at how long the store has not answered. Either ends the process
 (os._exit) when there is no more to wait for. The first report counts: it is what every rank says and what state.json holds.
 
     watchdog = Watchdog(report); watchdog.start()
@@ -19,11 +21,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from spknet.parallel import stacks, torchrun
+from spknet.parallel.process import has_died
 from spknet.parallel.ranks import PATIENCE, connect, here, leave, meeting
 
+CONTINUES = "the run continues from its newest checkpoint"
+OUT_OF_REACH = "its machine, or the network between them, is gone"
+STALLED = "no step finished"  # in a reason: launchers read it
 REQUEUE = 75  # exit status: not done, start the same command again (EX_TEMPFAIL)
 GRACE = 5.0  # seconds that a failing rank stays, so that all others learn why
 
@@ -47,6 +55,7 @@ class Watchdog:
 
     def __init__(self, report: Callable[[Failure], None], wants_to_stop: Callable[[], str | None] = lambda: None):
         self.me, self.limit, self.report = here(), meeting().limit, report
+        self.dumps: Path | None = None  # where stacks are left; set once the run folder is known
         self.wants_to_stop = wants_to_stop  # the signal that asked this rank to stop
         self.asked: str | None = None  # what asked some rank to stop
         self.interval = min(1.0, self.limit / 8)
@@ -54,6 +63,7 @@ class Watchdog:
         self.since: float | None = time.monotonic()  # None: what is done now may take its time
         self.heard = time.monotonic()  # when the store answered last
         self.beats = 0
+        self.unchanged: dict[int, tuple[int, int]] = {}  # of each rank: its beats, and how often they were the same
         self.stopped = threading.Event()
         self.leaving = threading.Lock()
 
@@ -73,7 +83,7 @@ class Watchdog:
         self.place, self.since = (step, order, doing), time.monotonic()
 
     def pause(self, doing: str, step: int = 0) -> None:
-        """What comes now (evaluation) may take much longer than a step."""
+        """What comes now (an evaluation) may take much longer than a step."""
         self.place, self.since = (step, 9, doing), None
 
     def stop_asked(self) -> bool:
@@ -92,10 +102,17 @@ class Watchdog:
             failure = Failure(**json.loads(told))
             self.store.set(f"knows/{self.me.rank}", "")
             end = time.monotonic() + GRACE
-            others = [f"knows/{rank}" for rank in range(self.me.world_size)]
+            others = [f"knows/{rank}" for rank, (_, *place) in meeting().peers.items() if not has_died(*place)]
             while time.monotonic() < end and not self.store.check(others):
                 time.sleep(0.05)
         return failure
+
+    def last_acts(self, failure: Failure) -> None:
+        """Leaves the stacks of a stalled run behind; ends the torchrun of one that has failed for good."""
+        if STALLED in failure.reason and self.dumps is not None:
+            stacks.write(self.dumps, self.me.rank)
+        if failure.state == "failed" and self.me.local == 0:
+            torchrun.end()
 
     def _talk(self) -> None:
         while not self.stopped.wait(self.interval):
@@ -108,6 +125,7 @@ class Watchdog:
                     self.store.set("stop", self.wants_to_stop())
                 if self.store.check(["stop"]):
                     self.asked = self.store.get("stop").decode()
+                lost = "" if told else self._lost()
                 self.heard = time.monotonic()
             except Exception as error:
                 if self.stopped.wait(2 * PATIENCE if "timeout" in str(error).lower() else GRACE):
@@ -121,6 +139,9 @@ class Watchdog:
                     # Rank 0 may hold the store: it waits until all others have read this.
                     self._leave(failure, tell=self.me.first)
                     return
+            elif lost:
+                self._leave(Failure(f"{lost}; {CONTINUES}", REQUEUE, self.me.rank), tell=True)
+                return
 
     def _watch(self) -> None:
         while not self.stopped.wait(min(0.5, self.interval)):
@@ -144,6 +165,7 @@ class Watchdog:
                 print(f"error: {failure.reason}", file=sys.stderr, flush=True)
             if self.me.first:
                 self.report(failure)
+            self.last_acts(failure)
             for child in multiprocessing.active_children():
                 child.kill()  # loaders ignore gentler signals
             if self.me.world_size > 1 and tell:
@@ -151,27 +173,63 @@ class Watchdog:
                     leave(meeting(), self.store)
             os._exit(failure.status)
 
+    def gone(self) -> str:
+        """Who is gone where a connection has broken; takes some beats to see."""
+        with contextlib.suppress(Exception):  # the store may be gone with rank 0
+            silent, _ = self._silent()
+            if silent:
+                return f"{self._named(silent)} {'is' if len(silent) == 1 else 'are'} gone"
+        return "another rank is gone"
+
+    def _lost(self) -> str:
+        """Says which rank has died or has shown no sign of life for the limit, in an empty string none."""
+        for rank, (_, *place) in meeting().peers.items():
+            if has_died(*place) and not self.store.check([f"left/{rank}"]):
+                return f"{self._named([rank])} is gone: its process has ended"
+        watched = range(1, self.me.world_size) if self.me.first else [0]
+        for rank, (beats, *_) in self._places(watched).items():
+            before, times = self.unchanged.get(rank, (-1, 0))
+            times = times + 1 if beats == before else 0
+            self.unchanged[rank] = (beats, times)
+            # Counted, not timed: this machine may have been suspended itself.
+            late = times * self.interval > self.limit and self.since is None  # else the clock speaks, and says more
+            if late and not self.store.check([f"left/{rank}"]):
+                return f"{self._named([rank])} is gone: no sign of life for {self.limit:g} s; {OUT_OF_REACH}"
+        return ""
+
     def _stalled(self) -> str:
-        waited = f"no step finished within train.timeout_seconds={self.limit:g}"
+        waited = f"{STALLED} within train.timeout_seconds={self.limit:g}"
         if self.me.world_size == 1:
-            return f"{waited}; last seen {self.place[2]} at step {self.place[0]}"
-        before = self._places()
-        time.sleep(3 * self.interval)  # counters, not times: clocks of machines differ
-        after = self._places()
-        silent = [r for r in after if before[r][0] == after[r][0] and r != self.me.rank]
-        slowest = silent[0] if silent else min(after, key=lambda r: after[r][1:3])
-        _, step, _, doing = after[slowest]
-        doing = "without a sign of life since" if silent else doing
-        steps = ", ".join(str(place[1]) for place in after.values())
+            return f"{waited}; last seen {self.place[2]} at step {self.place[0]}{self._left()}"
+        silent, places = self._silent()
+        slowest = silent[0] if silent else min(places, key=lambda rank: places[rank][1:3])
+        _, step, _, doing = places[slowest]
+        if silent:
+            doing = f"without a sign of life since: {OUT_OF_REACH}"
+        steps = ", ".join(str(place[1]) for place in places.values())
         return (
-            f"{waited}; rank {slowest} is behind, last seen at step {step}, {doing} (steps of all ranks: {steps}); look at"
-            " that rank's log and machine"
+            f"{waited}; {self._named([slowest])} is behind, last seen at step {step}, {doing} (steps of all ranks: {steps});"
+            f" look at that rank's log and machine{self._left()}"
         )
 
-    def _places(self) -> dict[int, tuple[int, int, int, str]]:
-        """Of each rank: beats, step, order, doing."""
+    def _left(self) -> str:
+        return f"; stacks of the ranks: {self.dumps}/stacks-rank-*.txt" if self.dumps else ""
+
+    def _named(self, ranks: list[int]) -> str:
+        hosts = sorted({meeting().peers[rank][0] for rank in ranks})
+        return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} ({', '.join(hosts)})"
+
+    def _silent(self) -> tuple[list[int], dict]:
+        """Ranks without a sign of life for three beats, and where all of them are."""
+        before = self._places(range(self.me.world_size))
+        time.sleep(3 * self.interval)  # counters, not times: clocks of machines differ
+        after = self._places(range(self.me.world_size))
+        return [rank for rank in after if before[rank][0] == after[rank][0] and rank != self.me.rank], after
+
+    def _places(self, ranks: Iterable[int]) -> dict[int, tuple[int, int, int, str]]:
+        """Of each of these ranks: beats, step, order, doing."""
         found = {}
-        for rank in range(self.me.world_size):
+        for rank in ranks:
             name = f"at/{rank}"
             beats, step, order, doing = (
                 self.store.get(name).decode() if self.store.check([name]) else "0 -1 0 -"

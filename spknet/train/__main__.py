@@ -27,15 +27,17 @@ from spknet.config import Config
 from spknet.data.batches import LoaderLost, end_processes, of_loader
 from spknet.errors import INTERRUPTED, USAGE, UserError
 from spknet.messages import say
+from spknet.parallel import stacks
 from spknet.parallel.ranks import RankLost, Ranks, here, join, meet
 from spknet.parallel.together import Failed, agree, gather_objects, on_first, sentence, together
-from spknet.parallel.watchdog import REQUEUE, Failure, Watchdog
-from spknet.train import run_folder, voxceleb_trainer
+from spknet.parallel.watchdog import CONTINUES, REQUEUE, Failure, Watchdog
+from spknet.train import kernels, run_folder, voxceleb_trainer
 from spknet.train.lock import Owner, RunError, hold
 from spknet.train.run_folder import write_state
 from spknet.train.sidelines import Sidelines
 from spknet.train.signals import StopSignals
-from spknet.train.trainer import NonFiniteLoss, Trainer
+from spknet.train.told import NonFiniteLoss
+from spknet.train.trainer import Trainer
 
 # Words of collectives (gloo, NCCL) and of the store whose other end is gone.
 LOST = (
@@ -68,7 +70,7 @@ class Run:
                 write_state(self.config.run_dir, failure.state, self.trainer.step, failure.reason, token)
             else:
                 Path(self.config.run_dir).mkdir(parents=True, exist_ok=True)
-                run_folder.refuse(self.config.run_dir, failure.reason, token)
+                run_folder.note_before_begin(self.config.run_dir, failure.state, failure.reason, token)
 
 
 def main(argv: list[str] | None = None, theirs: bool = False) -> int:
@@ -102,6 +104,8 @@ def _watched(run: Run, words, error: UserError | None, stop: StopSignals) -> int
         if words[1] is not None:
             return words[1]()
         config = run.config
+        watchdog.dumps = run_folder.job_folder(config.run_dir)
+        stacks.record(watchdog.dumps)
         with join(config.train.device, config.train.threads) as me:
             return _run(run, config, me, watchdog, stop)
     except BaseException as failed:
@@ -132,8 +136,7 @@ def _failed(run: Run, error: BaseException, watchdog: Watchdog) -> int:
     elif isinstance(error, LoaderLost):
         failure = Failure(str(error), REQUEUE, me.rank)
     elif isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST):
-        said = f"another rank is gone; the run continues from its newest checkpoint ({sentence(error)})"
-        failure = Failure(said, REQUEUE, me.rank)
+        failure = Failure(f"{watchdog.gone()}; {CONTINUES} ({sentence(error)})", REQUEUE, me.rank)
     elif not everywhere:
         traceback.print_exception(error, file=sys.stderr)
     if not everywhere:
@@ -143,19 +146,21 @@ def _failed(run: Run, error: BaseException, watchdog: Watchdog) -> int:
     if me.first or failure.rank == me.rank and not everywhere:
         print(f"error: {failure.reason}", file=sys.stderr, flush=True)
     run.report(failure)
+    watchdog.last_acts(failure)
     return failure.status
 
 
 def _run(run: Run, config: Config, me: Ranks, watchdog: Watchdog, stop: StopSignals) -> int:
     """Checks, owns the run folder, trains; leaves state.json saying how it ended."""
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    kernels.choose(config.train, me.device)
     options = {f"option {k}": repr(v) for k, v in configuration.flatten(configuration.to_dict(config)).items()}
     versions = {f"version of {k}": v for k, v in run_folder.versions().items()}
     agree({"the code": run_folder.code_digest(), **versions, **options, "CPU threads": str(torch.get_num_threads())})
     watchdog.says("opening the data")
     trainer = Trainer(config, me)
-    watchdog.says("reading the checkpoint")
+    watchdog.pause("taking the run folder")  # a lock of another machine is watched for 35 s
     on_first("taking the run folder", lambda: _own(run, config), share=False)
+    watchdog.says("reading the checkpoint")
     trainer.resume()
     watchdog.says("beginning")
     places = gather_objects((socket.gethostname(), _device_name(me)))

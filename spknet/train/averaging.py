@@ -4,9 +4,11 @@
                              of a run of T steps, B an epoch (WeSpeaker's avg_model; SWA, Izmailov et al. 2018)
     train.ema d              a <- d_t a + (1 - d_t) w after each step t, d_t = min(d, (1 + t) / (10 + t))
 
-BatchNorm's statistics are averaged like weights; counters are those of the last step. A run that continues with another
-length begins its mean anew where the last K epochs of the new length begin. Everything is in the checkpoint: a run that is
-killed goes on to the same bits. Evaluation during training sees the average as soon as there is one.
+BatchNorm's statistics are averaged like weights; counters are those of the last step. Rows of a head that is cut over the
+ranks are averaged where they are, and stand in the files of its pieces. A run that continues with another length begins its
+mean anew where the last K epochs of the new length begin; one that continues with other speakers begins either anew.
+Everything is in the checkpoint: a run that is killed goes on to the same bits. Evaluation during training sees the average as
+soon as there is one.
 
     averaging = Averaging(config.train, task, steps_per_epoch, total_steps)
     averaging.update(step)                  # after each optimizer step, `step` of them done
@@ -16,6 +18,7 @@ killed goes on to the same bits. Evaluation during training sees the average as 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ class Averaging:
                 f"train.average_epochs={config.average_epochs} and train.ema={config.ema}: give one of the two"
             )
         self.module, self.decay = module, config.ema
+        self.pieces = getattr(getattr(module, "loss", None), "pieces", [])  # of a head that is cut over the ranks
         self.kind = "ema" if config.ema else "mean"
         ends = range(total_steps, 0, -steps_per_epoch)[: config.average_epochs]
         self.planned = sorted(ends)  # steps after which the mean takes the weights in
@@ -48,24 +52,34 @@ class Averaging:
         elif step in self.planned:
             self._add(step)
 
+    def _begun(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(average, value) of everything that is averaged; what has no average yet gets its value, as have counters."""
+        parts = [(self.weights, self.module.state_dict())]
+        parts += [(piece.average, piece.values()) for piece in self.pieces]
+        for averages, values in parts:
+            for name, value in values.items():
+                if name in averages and value.is_floating_point():
+                    yield averages[name], value
+                else:
+                    averages[name] = value.detach().clone()
+
     def _move(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in self.module.state_dict().items():
-            if name not in self.weights or not value.is_floating_point():
-                self.weights[name] = value.detach().clone()
-            else:
-                self.weights[name].lerp_(value, 1 - decay)
+        for average, value in self._begun():
+            average.lerp_(value, 1 - decay)
         self.steps = [step]
 
     def _add(self, step: int) -> None:
         if self.steps != [planned for planned in self.planned if planned < step][-len(self.steps) :]:
-            self.steps, self.weights = [], {}  # of a run with another length
-        for name, value in self.module.state_dict().items():
-            if name not in self.weights or not value.is_floating_point():
-                self.weights[name] = value.detach().clone()
-            else:
-                self.weights[name].add_(value)
+            self._begin_anew()  # of a run with another length
+        for average, value in self._begun():
+            average.add_(value)
         self.steps = [*self.steps, step]
+
+    def _begin_anew(self) -> None:
+        self.steps, self.weights = [], {}
+        for piece in self.pieces:
+            piece.average.clear()
 
     @contextlib.contextmanager
     def applied(self):
@@ -88,8 +102,9 @@ class Averaging:
         return {"kind": self.kind, "steps": list(self.steps), "weights": self.weights}
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Continues from what `state` gave. An average of another kind is not continued."""
+        """Continues from what `state` gave, the pieces' averages apart. An average of another kind is not continued."""
         if state is None or self.state() is None or state["kind"] != self.kind:
+            self._begin_anew()
             return
         own = self.module.state_dict()
         self.steps = list(state["steps"])

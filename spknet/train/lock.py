@@ -31,6 +31,7 @@ from typing import Any
 from shards.format import atomic_write
 from spknet.errors import UserError
 from spknet.messages import warn
+from spknet.parallel.process import machine, started
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 35.0  # an owner elsewhere whose lock is not renewed for so long counts as dead
@@ -238,9 +239,9 @@ def _here() -> dict[str, Any]:
     place = os.environ
     return {
         "host": socket.gethostname(),
-        "machine": _machine(),
+        "machine": machine(),
         "pid": os.getpid(),
-        "start": _start(os.getpid()),
+        "start": started(os.getpid()),
         "job": place.get("SLURM_JOB_ID"),
         "restarts": place.get("SLURM_RESTART_COUNT"),
         "step": place.get("SLURM_STEP_ID"),
@@ -257,30 +258,13 @@ def _group(address: str | None, port: str | None) -> str | None:
     return f"{address}:{port}"
 
 
-def _machine() -> str | None:
-    """Tells machines, and containers with process numbers of their own, apart where host names do not."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    return None
-
-
-def _start(pid: int) -> str | None:
-    """When a process of this machine started (ticks since boot): tells a reused pid from the old one. None: it is dead."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
 def _is_free(holder: dict[str, Any] | None) -> bool:
     """Whether the owner is known to be dead, without waiting."""
     if holder is None:
         return True
     me = _here()
     if _is_here(holder, me):
-        return _start(holder["pid"]) != holder.get("start")
+        return started(holder["pid"]) != holder.get("start")
     if holder.get("job") is None or holder["job"] != me["job"]:
         return False
     # The job was requeued, or torchrun has started its step anew; another step of one allocation may well live.

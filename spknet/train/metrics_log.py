@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,11 +50,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             return value
     return None
-
-
-def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something done every `every` steps is to be done after this one; always after the last. 0: only then."""
-    return step == last or (every > 0 and step % every == 0)
 
 
 class MetricsLog:
@@ -116,6 +110,7 @@ class MetricsLog:
         if self.board is not None:
             group, numbers = ("eval", values["eval"]) if "eval" in values else ("train", values)
             points = {f"{group}/{k}": v for k, v in numbers.items() if isinstance(v, (int, float)) and k != "step"}
+            points |= {f"step_seconds/{part}": spent for part, spent in values.get("step_seconds", {}).items()}
             self.board.add(values["step"], points)
 
     def add_picture(self, name: str, path: Path, step: int) -> None:
@@ -137,41 +132,6 @@ class MetricsLog:
         self.file.close()
         if self.board is not None:
             self.board.file.close()
-
-
-class Meter:
-    """Training time and the part of it spent waiting for data, since the last reading; stands still while paused."""
-
-    def __init__(self):
-        self.begun = self.last = time.monotonic()
-        self.waited = 0.0
-
-    def wait_begins(self) -> None:
-        self.wait = time.monotonic()
-
-    def wait_ends(self) -> None:
-        self.waited += time.monotonic() - self.wait
-
-    def elapsed(self) -> float:
-        """Seconds since the last pause."""
-        return time.monotonic() - self.begun
-
-    def pause(self) -> float:
-        self.stopped = time.monotonic()
-        return self.stopped - self.begun
-
-    def resume(self) -> None:
-        now = time.monotonic()
-        self.last += now - self.stopped
-        self.begun = now
-
-    def read(self, utterances: int) -> tuple[float, float]:
-        """(utterances a second, fraction of the time that waited for data) since the last reading."""
-        now = time.monotonic()
-        seconds = max(now - self.last, 1e-9)
-        fraction = min(1.0, self.waited / seconds)
-        self.last, self.waited = now, 0.0
-        return utterances / seconds, fraction
 
 
 @contextlib.contextmanager

@@ -27,15 +27,10 @@ import torch
 
 from spknet.config import ConfigError, LossConfig, OptimConfig
 
-
-def _sgd(groups, c: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=c.lr, weight_decay=c.weight_decay, momentum=c.momentum, nesterov=c.nesterov)
-
-
 OPTIMIZERS = {
-    "adam": lambda groups, c: torch.optim.Adam(groups, lr=c.lr, weight_decay=c.weight_decay),
-    "adamw": lambda groups, c: torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay),
-    "sgd": _sgd,
+    "adam": lambda groups, c, **how: torch.optim.Adam(groups, **how),
+    "adamw": lambda groups, c, **how: torch.optim.AdamW(groups, **how),
+    "sgd": lambda groups, c, **how: torch.optim.SGD(groups, momentum=c.momentum, nesterov=c.nesterov, **how),
 }
 
 
@@ -62,7 +57,9 @@ def build_optimizer(config: OptimConfig, parameters, head=(), shards=()) -> torc
         raise ConfigError(
             "nothing is left to train: train.frozen names all of the network, and the loss has no weights"
         )
-    return OPTIMIZERS[config.name](groups, config)
+    # On a GPU one kernel makes the whole step, and its count of steps stays there: the host has nothing to wait for.
+    fused = True if all(p.is_cuda for group in groups for p in group["params"]) else None
+    return OPTIMIZERS[config.name](groups, config, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -71,22 +68,21 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_factor", 1.0)
 
 
-def finite_gradients(parameters) -> torch.Tensor:
-    """Whether all gradients are finite, as a bool on their device. (Norms: one pass, and no copy.)"""
-    return torch.isfinite(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))).all()
+def total_norm(parameters) -> torch.Tensor:
+    """The norm of all gradients together, on their device: not finite where one of them is not."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def clip_gradients(parameters, shards, squared: torch.Tensor | None, limit: float) -> torch.Tensor:
+def clip_gradients(parameters, shards, squared: torch.Tensor | None, limit: float, norm=None) -> torch.Tensor:
     """Scales all gradients so that their norm is at most `limit`; returns the norm before.
 
-    parameters: those that every rank has; shards: those of this rank alone; squared: sum of squares of the gradients of all
-    ranks' shards, None where there are none.
+    parameters: those that every rank has, norm: theirs, where it is known; shards: those of this rank alone; squared: sum of
+    squares of the gradients of all ranks' shards, None where there are none.
     """
     parameters = list(parameters)
-    if squared is None:
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
-    shared = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = (shared.double().square() + squared).sqrt()
+    norm = total_norm(parameters) if norm is None else norm
+    if squared is not None:
+        norm = (norm.double().square() + squared).sqrt()
     torch.nn.utils.clip_grads_with_norm_([*parameters, *shards], limit, norm)
     return norm
 

@@ -134,10 +134,25 @@ def _is_edited(path: Path, text: bytes) -> bool:
         return True
 
 
-def refuse(run_dir: str | Path, reason: str, token: str | None = None) -> None:
-    """Notes why a start failed before begin(): in a folder that has no state yet. Any other stays as it was."""
-    if read_state(run_dir) is None:
-        write_state(run_dir, "failed", 0, reason, token)
+def note_before_begin(run_dir: str | Path, state: str, reason: str, token: str | None = None) -> None:
+    """Notes why a start ended before begin(). A mistake only in a folder that has no state yet: any other stays as it was.
+    A lost rank (`requeue`) in that of a run that was interrupted, too: it goes on when it is started again."""
+    said = read_state(run_dir)
+    if said is None or (state == "requeue" and said["state"] in ("running", "requeue")):
+        write_state(run_dir, state, said["step"] if said else 0, reason, token)
+
+
+def job_folder(run_dir: str | Path) -> Path:
+    """RUN/jobs/JOB: where a start's logs and dumps go."""
+    return Path(run_dir) / "jobs" / job_id()
+
+
+def job_id() -> str:
+    """The job's id as submitit writes it: 12, or 12_3 for an array's element, or the local controller's; `none` without one."""
+    place = os.environ
+    if "SLURM_ARRAY_TASK_ID" in place:
+        return f"{place['SLURM_ARRAY_JOB_ID']}_{place['SLURM_ARRAY_TASK_ID']}"
+    return place.get("SLURM_JOB_ID") or place.get("SUBMITIT_LOCAL_JOB_ID", "none")
 
 
 def carries_on(run_dir: str | Path) -> bool:

@@ -6,6 +6,7 @@ with Sidelines(trainer, owner, watchdog, stop) as side: trainer.train(side)
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +18,21 @@ from spknet.checkpoints import pieces
 from spknet.data.batches import Batch, Batches
 from spknet.evaluate import evaluation
 from spknet.losses.sharded import Sharded
-from spknet.messages import Progress, say
-from spknet.parallel.together import broadcast, on_first
+from spknet.messages import Progress, say, warn
+from spknet.parallel.ranks import meeting
+from spknet.parallel.together import broadcast, gather_objects, on_first
 from spknet.parallel.watchdog import Watchdog
+from spknet.train.kernels import of_varying_shapes
 from spknet.train.lock import Owner
-from spknet.train.metrics_log import Meter, MetricsLog, profiler
+from spknet.train.meter import Meter
+from spknet.train.metrics_log import MetricsLog, profiler
 from spknet.train.run_folder import write_state
 from spknet.train.signals import StopSignals
+from spknet.train.straggler import Straggler
 from spknet.train.trainer import Trainer
+
+DATA_LIMIT = 0.1  # share of the time spent waiting for data from which on the run says so
+FIRST_STEPS = 20
 
 
 class Sidelines:
@@ -34,7 +42,9 @@ class Sidelines:
         self.trainer, self.owner, self.watchdog, self.stop = trainer, owner, watchdog, stop
         self.config, self.first = trainer.config, trainer.me.first
         self.run_dir = Path(self.config.run_dir)
-        self.meter, self.log = Meter(), None
+        self.meter, self.log = Meter(trainer.me.device), None
+        self.measured = 0  # steps whose time has been read
+        self.warned, self.straggler = False, Straggler()
         self.stopped = False  # whether a signal came before the first step
         trainer.saved()
 
@@ -61,12 +71,12 @@ class Sidelines:
 
     def watched(self, batches: Batches) -> Iterator[Batch]:
         """The batches, with the time spent waiting for each; the watchdog knows which step is computed."""
-        self.meter = Meter()
+        self.meter = Meter(self.trainer.me.device)
         for _ in range(self.trainer.step, self.trainer.total_steps):
             self.watchdog.says("waiting for data", self.trainer.step, 0)
-            self.meter.wait_begins()
+            self.meter.begins("data")
             batch = next(batches)
-            self.meter.wait_ends()
+            self.meter.begins("forward")
             # Ranks meet in the step's collectives, so one that is slow stays behind in this alone.
             self.watchdog.says("computing", self.trainer.step, 1)
             yield batch
@@ -80,20 +90,23 @@ class Sidelines:
         minutes = (time.monotonic() - self.trainer.saved_at) / 60
         return [self.stop.received is not None, self.first and minutes > self.config.train.save_every_minutes]
 
-    def after_step(self, asked: list[bool]) -> bool:
+    def after_step(self) -> bool:
         """Logs, saves and evaluates what is due. Returns whether the run is to stop here."""
-        t, (stop, save) = self.trainer, asked
+        t = self.trainer
+        self.meter.begins(None)
         done = t.step == t.total_steps
         self.progress.advance()
         if self.trace is not None:
             self.trace.step()
         if t.step % self.config.log.every_steps == 0 or done:
+            t.settle()
             self.write_metrics()
-        evaluates = self.evaluation_due()
+        evaluates, (stop, save) = self.evaluation_due(), t.asked
         if stop or save or done or evaluates or self._save_step():
             t.seconds += self.meter.pause()
             # Before an evaluation, too: a signal that comes in it finds the steps saved.
             self.save()
+            stop = t.asked[0]
             if evaluates and not stop:
                 stop = self.evaluate()
                 t.task.train()
@@ -106,6 +119,7 @@ class Sidelines:
 
     def save(self) -> None:
         """Writes the checkpoint of this step on rank 0; every rank returns when it is durable."""
+        self.trainer.settle()
         self.watchdog.says("saving", self.trainer.step, -1)
         t, head = self.trainer, {}
         if isinstance(t.task.loss, Sharded):
@@ -137,7 +151,7 @@ class Sidelines:
         folder = self.run_dir / "eval" / f"step-{t.step:08d}"
         averaged = t.averaging.applied() if self.config.eval.weights == "averaged" else contextlib.nullcontext()
         # Whole utterances differ in length, and each length would be compiled anew.
-        with torch.compiler.set_stance("force_eager"), averaged:
+        with torch.compiler.set_stance("force_eager"), of_varying_shapes(), averaged:
             how = {"out_dir": folder, "step": t.step, "trials": t.lists}
             try:
                 figures = evaluation.evaluate_network(t.task.model, self.config, **how, stop=self.watchdog.stop_asked)
@@ -159,7 +173,9 @@ class Sidelines:
         loss, accuracy = t.window["loss"] / n, t.window["accuracy"] / n
         t.window = {"loss": 0.0, "accuracy": 0.0, "steps": 0}
         per_step = self.config.data.speakers_per_batch * self.config.data.utterances_per_speaker
-        speed, waited = self.meter.read(n * per_step)
+        seconds, parts = self.meter.read()
+        speed, waited = n * per_step / seconds, min(1.0, parts["data"] / seconds)
+        own = gather_objects(round((sum(parts.values()) - parts["exchange"]) / n, 6))
         if self.log is not None:
             self.log.write(
                 {
@@ -171,6 +187,30 @@ class Sidelines:
                     "utterances_per_second": speed,
                     "data_wait_fraction": waited,
                     "seconds": t.seconds + self.meter.elapsed(),
+                    "step_seconds": {part: spent / n for part, spent in parts.items()},
+                    "rank_seconds": own,  # of each rank, a step, without the exchange between them
                 }
             )
+            self._warn_of_data(waited)
+            self._warn_of_straggler(own)
+        self.measured += n
         self.progress.advance(f"loss {loss:.3f} accuracy {accuracy:.1f} % {speed:.0f} utterances/s", by=0)
+
+    def _warn_of_data(self, waited: float) -> None:
+        # The first steps wait for the loaders to start.
+        if waited > DATA_LIMIT and self.measured >= FIRST_STEPS and not self.warned:
+            self.warned = True
+            workers = self.config.data.workers
+            warn(
+                f"training waits for its data {waited:.0%} of the time: give more --data.workers (now {workers}), a local disk"
+                " by --data.cache_dir, or less augmentation"
+            )
+
+    def _warn_of_straggler(self, seconds: list[float]) -> None:
+        slow = self.straggler.look(seconds) if self.measured >= FIRST_STEPS else None
+        if slow is not None:
+            others = statistics.median(seconds[:slow] + seconds[slow + 1 :])
+            warn(
+                f"rank {slow} ({meeting().peers[slow][0]}) keeps the others waiting: {seconds[slow]:.3g} s a step of its own,"
+                f" the others {others:.3g} s; look at what else runs there, at its disk and its clock"
+            )

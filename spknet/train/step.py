@@ -75,16 +75,23 @@ def prepare(batch: Batch, samples: int, dtype: torch.dtype, device: torch.device
     return mix(crops, augment, samples, dtype), augment.get("masks"), labels, draws
 
 
-def step_at_once(task: SpeakerTask, inputs: tuple, scale, gradients: AveragedGradients) -> tuple[Tensor, Tensor]:
-    """Forward and backward of the whole share; gradients travel while it goes back. scale: loss -> scaled loss (fp16)."""
+def step_at_once(
+    task: SpeakerTask, inputs: tuple, scale, gradients: AveragedGradients, begins=lambda part: None
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of the whole share; gradients travel while it goes back.
+
+    scale: loss -> scaled loss (fp16); begins: told which part of the step comes now (spknet.train.meter).
+    """
     loss, accuracy = task(*inputs)
+    begins("backward")
     scale(loss).backward()
+    begins("exchange")
     gradients.average()
     return loss.detach(), accuracy.detach()
 
 
 def step_in_chunks(
-    task: SpeakerTask, inputs: tuple, scale, gradients: AveragedGradients, chunk: int
+    task: SpeakerTask, inputs: tuple, scale, gradients: AveragedGradients, begins, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """The same gradient with the memory of `chunk` utterances. Gradients travel once, at the end."""
     waves, masks, labels, draws = inputs
@@ -93,10 +100,12 @@ def step_in_chunks(
         embeddings = torch.cat([task.embed(*part) for part in parts])
     embeddings.requires_grad_()
     loss, accuracy = task.score(embeddings, labels, draws)
+    begins("backward")
     with gradients.collected(), _running_statistics_kept(task.model):
         scale(loss).backward()
         for part, gradient in zip(parts, embeddings.grad.split(chunk)):
             task.embed(*part).backward(gradient)
+    begins("exchange")
     gradients.average()
     return loss.detach(), accuracy.detach()
 

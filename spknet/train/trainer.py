@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,9 @@ import torch
 from spknet import config as configuration
 from spknet import rng
 from spknet.checkpoints import file as checkpoint
-from spknet.checkpoints import pieces, voxceleb_trainer
+from spknet.checkpoints import pieces, voxceleb_trainer_state
 from spknet.checkpoints.head_rows import load_head_by_speaker
+from spknet.checkpoints.initial import load_initial
 from spknet.checkpoints.resume import check_resume, load_optimizer
 from spknet.config import Config
 from spknet.data.batches import Batch, Batches
@@ -32,22 +34,18 @@ from spknet.losses import build_loss
 from spknet.losses.sharded import Sharded
 from spknet.messages import say, warn
 from spknet.models import build_model
-from spknet.parallel.batchnorm import globalize
-from spknet.parallel.gather import all_reduce_sum
+from spknet.parallel.batchnorm import check_groups, globalize
 from spknet.parallel.gradients import AveragedGradients
 from spknet.parallel.ranks import Ranks
 from spknet.parallel.together import agree, gather_objects, on_first, together
 from spknet.train import run_folder
 from spknet.train.averaging import Averaging
-from spknet.train.optim import build_optimizer, clip_gradients, finite_gradients, learning_rate, margin, set_rate
+from spknet.train.optim import build_optimizer, clip_gradients, learning_rate, margin, set_rate, total_norm
 from spknet.train.step import SpeakerTask, prepare, step_at_once, step_in_chunks, train_batchnorm
+from spknet.train.told import Told
 
 if TYPE_CHECKING:
     from spknet.train.sidelines import Sidelines
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; the message names step, rank and utterances. Every rank raises it."""
 
 
 class Trainer:
@@ -68,6 +66,8 @@ class Trainer:
             self._build()
         self.step = 0  # optimizer steps done
         self.window = {"loss": 0.0, "accuracy": 0.0, "steps": 0}  # sums since the last logged step
+        self.told: Told | None = None  # what the last step told, not read yet
+        self.asked = [False, False]  # whether some rank asks for a stop, for a checkpoint
         self.best: dict | None = None  # {"step", "dev_eer"}
         self.seconds = 0.0  # of training, evaluation and saving apart
 
@@ -80,8 +80,9 @@ class Trainer:
         loss = build_loss(c.loss, c.model.embedding_size, self.corpus.n_classes, per_speaker)
         rng.initialize(model, c.train.seed)
         rng.initialize(loss, c.train.seed)
-        if c.train.sync_batchnorm and self.me.world_size > 1:
-            model = globalize(model)
+        check_groups(c.train.batchnorm_groups, c.data.speakers_per_batch)
+        if c.train.sync_batchnorm and (self.me.world_size > 1 or c.train.batchnorm_groups != 1):
+            model = globalize(model, c.train.batchnorm_groups)
         self.task = SpeakerTask(model, loss, per_speaker, c.train.precision).to(self.me.device, self.dtype)
         if c.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
@@ -91,29 +92,54 @@ class Trainer:
         self.averaging = Averaging(c.train, self.task, self.steps_per_epoch, self.total_steps)
         self.gradients = AveragedGradients(self.task.parameters())
         if c.train.compile:
-            model.compile()
+            model.compile(mode=c.train.compile_mode)
 
     def resume(self) -> None:
         """Continues the run's newest checkpoint, or starts from other weights, as train.resume and initial_model say."""
         c = self.config.train
-        path = on_first("looking for the newest checkpoint", lambda: _starting_point(c.resume, self.config.run_dir))
-        self.continues = None if path is None else Path(path)
+        path, state = self._starting_point()
+        self.continues = path
         with together("reading the checkpoint"):
             if path is not None:
-                state = checkpoint.read(path)
                 notes = check_resume(state, path, self.config, self.corpus.fingerprint(), self.facts())
                 self._load(state, path)
                 for note in [f"continuing {path} at step {self.step}", *notes]:
                     say(note)
             elif c.initial_model:
                 how = (c.allow_partial, c.initial_weights)
-                for note in voxceleb_trainer.load_initial(self.task, c.initial_model, self.corpus, *how):
+                notes = load_initial(self.task, c.initial_model, self.corpus, *how)
+                if voxceleb_trainer_state.is_of_run(c.initial_model, self.config.run_dir):
+                    args = (c.initial_model, self.task, self.optimizer)
+                    epoch, more = voxceleb_trainer_state.continue_from(*args)
+                    self.step, notes = epoch * self.steps_per_epoch, notes + more
+                for note in notes:
                     say(note)
 
-    def _load(self, state: dict, path: str) -> None:
+    def _starting_point(self) -> tuple[Path, dict] | tuple[None, None]:
+        """The checkpoint to go on from and what is in it, when all of its files are whole; (None, None) to begin."""
+        resume, run_dir, below = self.config.train.resume, self.config.run_dir, math.inf
+        while True:
+            look = partial(_newest_or_named, resume, run_dir, below)
+            path = on_first("looking for the newest checkpoint", look)
+            if path is None:
+                return None, None
+            with together("reading the checkpoint"):
+                state = checkpoint.read(path)
+                own = pieces.damages(Path(path), state)
+            damages = sum(gather_objects(own), [])
+            with together("reading the checkpoint"):
+                if damages and path == resume:
+                    raise checkpoint.CheckpointError(f"{damages[0]}; use an earlier checkpoint")
+            if not damages:
+                return Path(path), state
+            for damage in damages:
+                warn(f"{damage} (using the one before it)")
+            below = state["step"]
+
+    def _load(self, state: dict, path: Path) -> None:
         checkpoint.load_weights(self.task.model, state["model"], f"{path}: the network")
-        moved = state["data_fingerprint"] != self.corpus.fingerprint()
         speakers, loss = (self.speakers(), self.corpus.utterances.labels), self.task.loss
+        moved = (state["speakers"], state["labels"]) != (speakers[0], speakers[1].tolist())
         if isinstance(loss, Sharded):
             classes = pieces.classes_by_speaker(state, loss.n_classes, *speakers) if moved else None
             trained = sum(p.requires_grad for p in self.task.model.parameters())
@@ -127,7 +153,10 @@ class Trainer:
             load_optimizer(self.optimizer, state["optimizer"], path)
         if state["scaler"]:  # empty where the precision was another one
             self.scaler.load_state_dict(state["scaler"])
-        self.averaging.load(state.get("averaging"))
+        averages = state.get("averaging")
+        if moved and averages and averages["steps"]:
+            say("the averages of weights begin anew: the speakers are others")
+        self.averaging.load(None if moved else averages)
         self.step, self.window, self.best, self.seconds = (state[k] for k in ("step", "window", "best", "seconds"))
 
     def facts(self) -> dict:
@@ -176,12 +205,12 @@ class Trainer:
                 self.gradients.clear()
                 for rows in self.task.loss.shards():  # this rank's alone, and so not among those above
                     rows.grad = None
-                if c.chunk:
-                    loss, accuracy = step_in_chunks(self.task, inputs, self.scaler.scale, self.gradients, c.chunk)
-                else:
-                    loss, accuracy = step_at_once(self.task, inputs, self.scaler.scale, self.gradients)
-                asked = self._update(loss, accuracy, side, batch, inputs[0])
-                if side.after_step(asked):
+                how = (self.task, inputs, self.scaler.scale, self.gradients, side.meter.begins)
+                loss, accuracy = step_in_chunks(*how, c.chunk) if c.chunk else step_at_once(*how)
+                self.settle()  # of the step before: the device computes this one meanwhile
+                side.meter.begins("optimizer")
+                self._update(loss, accuracy, side, batch, inputs[0])
+                if side.after_step():
                     return side.stopped_by()
         return None
 
@@ -191,67 +220,44 @@ class Trainer:
         set_rate(self.optimizer, learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps, utterances))
         self.task.loss.margin, self.task.loss.step = margin(c.loss, self.step, self.steps_per_epoch), self.step
 
-    def _update(self, loss, accuracy, side: Sidelines, batch: Batch, waves) -> list[bool]:
-        """The optimizer's step, where all ranks' gradients are finite; returns what some rank asks for.
-
-        Raises NonFiniteLoss on all ranks.
-        """
+    def _update(self, loss, accuracy, side: Sidelines, batch: Batch, waves) -> None:
+        """The optimizer's step. What the ranks tell of it is read later (`settle`)."""
         with self.task.loss.updating(self.optimizer) as shards:
-            parameters, scaled = [*self.task.parameters(), *shards], self.scaler.is_enabled()
-            finite = torch.isfinite(loss)
-            sound = finite_gradients(parameters) if shards or not scaled else finite
+            parameters, scaled = list(self.task.parameters()), self.scaler.is_enabled()
+            finite, norm = torch.isfinite(loss), None
+            sound = finite
+            if shards or not scaled:
+                norm = total_norm(parameters)
+                sound = torch.isfinite(norm) & torch.isfinite(total_norm(shards)) if shards else torch.isfinite(norm)
             if not scaled:  # with float16 the scaler skips such a step
-                finite &= sound
-            total, correct, infinite, unsound, *asked = self._sums(loss, accuracy, ~finite, ~sound, *side.asks())
-            if infinite:
-                self._report_non_finite(float(loss), batch, waves)
-            if scaled and unsound:  # on some rank, perhaps in its pieces of the head alone: every rank skips the step
-                next(p.grad for p in parameters if p.grad is not None).fill_(torch.inf)
+                finite = finite & sound
+            self.told = Told(self.step, loss, accuracy, [~finite, ~sound], side.asks(), (batch, waves))
+            if scaled:  # not sound on some rank, perhaps in its pieces of the head alone: every rank skips the step
+                norm, unsound = None, self.told.sums[3] > 0
+                next(p.grad for p in [*parameters, *shards] if p.grad is not None).masked_fill_(unsound, torch.inf)
             self.scaler.unscale_(self.optimizer)
             limit = self.config.optim.clip_norm
             if limit:
-                clip_gradients(self.task.parameters(), shards, self.task.loss.squared_gradient(), limit)
+                clip_gradients(parameters, shards, self.task.loss.squared_gradient(), limit, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.task.loss.clamp_()
-        self._count(total / self.me.world_size, correct / self.me.world_size)
-        return [count > 0 for count in asked]
-
-    def _sums(self, *own) -> list[float]:
-        """Numbers of this rank -> their sums over all ranks, in one exchange."""
-        told = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.me.device) for x in own])
-        return all_reduce_sum(told).tolist()
-
-    def _count(self, loss: float, accuracy: float) -> None:
         self.step += 1
         self.averaging.update(self.step)
-        self.window["loss"] += loss
-        self.window["accuracy"] += accuracy
-        self.window["steps"] += 1
 
-    def _report_non_finite(self, loss: float, batch: Batch, waves: torch.Tensor) -> None:
-        # A bad crop spoils every rank's loss through BatchNorm and prototypes, so what went in is looked at first.
-        rows = [r for r, good in zip(batch.rows.tolist(), torch.isfinite(waves).all(dim=1).tolist()) if not good]
-        bad = [self.corpus.utterances.key(row) for row in rows]
-        names = [self.corpus.utterances.key(row) for row in batch.rows.tolist()]
-        every = gather_objects((loss, bad, names))
-        kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "nothing was saved yet"
-        for rank, (_, spoilt, _) in enumerate(every):
-            if spoilt:
-                raise NonFiniteLoss(
-                    f"step {self.step}: samples that are not finite went into the network on rank {rank}; {kept}. Look at"
-                    f" these recordings, and at the noise mixed to them: {' '.join(spoilt)}"
-                )
-        if all(math.isfinite(value) for value, _, _ in every):
-            raise NonFiniteLoss(
-                f"the gradient of step {self.step} is not finite, though its loss is ({every[0][0]:g} on rank 0);"
-                f" {kept}. Lower --optim.lr, or give --optim.clip_norm"
-            )
-        rank = next(r for r, (value, _, _) in enumerate(every) if not math.isfinite(value))
-        raise NonFiniteLoss(
-            f"the loss of step {self.step} is {every[rank][0]} on rank {rank}; {kept}. Its utterances:"
-            f" {' '.join(every[rank][2])}. Lower --optim.lr, or look at these recordings"
-        )
+    def settle(self) -> None:
+        """Reads what the last step told, unless that was done. Raises NonFiniteLoss on all ranks."""
+        if self.told is None:
+            return
+        told, self.told = self.told, None
+        loss, accuracy, infinite, _, *asked = told.read()
+        if infinite:
+            self.step = told.step
+            told.raise_non_finite(self.corpus.utterances.key, self.saved_step)
+        self.window["loss"] += loss / self.me.world_size
+        self.window["accuracy"] += accuracy / self.me.world_size
+        self.window["steps"] += 1
+        self.asked = [before or count > 0 for before, count in zip(self.asked, asked)]
 
     @property
     def saved_step(self) -> int:
@@ -261,12 +267,13 @@ class Trainer:
     def saved(self) -> None:
         """This step's checkpoint is durable."""
         self._saved_step, self.saved_at = self.step, time.monotonic()
+        self.asked[1] = False
 
 
-def _starting_point(resume: str, run_dir: str) -> str | None:
+def _newest_or_named(resume: str, run_dir: str, below: float) -> str | None:
     """The checkpoint to go on from; a start that carries on with an interrupted one always takes the newest."""
     if resume == "auto" or run_folder.carries_on(run_dir):
-        match = checkpoint.newest(run_dir, warn=warn)
+        match = checkpoint.newest(run_dir, warn, below)
         if match or resume in ("auto", "never"):
             return str(match[0]) if match else None
     return None if resume == "never" else resume

@@ -25,7 +25,6 @@ from spknet import config as configuration
 from spknet.checkpoints.voxceleb_trainer import (
     guess_model,
     is_legacy_checkpoint,
-    load_initial,
     load_into,
     split,
     window_of,
@@ -40,7 +39,6 @@ __all__ = [
     "guess_model",
     "is_legacy",
     "is_legacy_checkpoint",
-    "load_initial",
     "load_into",
     "options",
     "translate",
@@ -229,8 +227,7 @@ def _start(flags: argparse.Namespace, seed: bool, notes: list[str]) -> dict[str,
     first = flags.initial_model or None
     if theirs and not ours and (seed or not first):
         notes.append(
-            f"note: training starts from {theirs[-1]}, voxceleb_trainer's last checkpoint in save_path; it holds weights"
-            " only, so epochs and learning rate begin anew"
+            f"note: training goes on from {theirs[-1]}, voxceleb_trainer's last checkpoint in save_path, with its next epoch"
         )
         return {"initial_model": str(theirs[-1])}
     if first and not seed and ours and not flags.eval:

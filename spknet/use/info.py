@@ -26,7 +26,7 @@ def about(network: Network) -> dict:
     speakers = trained_speakers(config, meta)
     return {
         "path": meta["path"],
-        "kind": meta.get("kind", "checkpoint of spknet" if "step" in meta else "model of voxceleb_trainer"),
+        "kind": meta.get("kind", "checkpoint of spknet"),
         "network": config.model.name,
         "variant": row["variant"],
         "parameters": row["parameters"],

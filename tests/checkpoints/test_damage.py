@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_read_at_all_is_not_taken_for_a_damaged_one(tmp_pa
     def fail(*_):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint, "_check_sums", fail)
+    monkeypatch.setattr(checkpoint, "check_sums", fail)
     with pytest.raises(UserError, match="permission denied") as error:
         newest(tmp_path, print)
     assert not isinstance(error.value, CheckpointError) and before.exists()
@@ -190,6 +190,40 @@ def test_a_full_disk_before_and_after_the_first_checkpoint_is_one_sentence(tmp_p
     )
     assert "the disk is full" in second and "earlier checkpoints are intact" in second
     assert "the disk is full" in third and last == "1 ['step-00000001.pt']"
+
+
+def test_rows_of_a_head_that_a_full_disk_does_not_take_leave_the_room_free(tmp_path):
+    said = on_a_small_disk(
+        tmp_path,
+        """
+        import torch
+        from spknet.checkpoints.file import CheckpointError, path_of, save
+        from spknet.checkpoints.pieces import write
+        from spknet.config import LossConfig
+        from spknet.losses import build_loss
+        def written(step, classes):
+            head = build_loss(LossConfig(name="amsoftmax", sharded=True, shards=4), 32, classes, 1)
+            path = path_of(disk, step)
+            try:
+                save(disk, {"step": step, "head": write(path, head, torch.optim.SGD(head.shards(), lr=1))}, keep=0)
+            except CheckpointError as error:
+                print(error)
+        written(1, 400)  # 50 kB
+        written(2, 1600)  # 200 kB: the second or third piece is too much
+        fill()
+        written(3, 4)
+        free()
+        written(4, 400)
+        print(sorted(str(p.relative_to(disk / "checkpoints")) for p in (disk / "checkpoints").rglob("*") if p.suffix != ".json"))
+        """,
+    )
+    second, third, last = said.splitlines()
+    for message, step in ((second, 2), (third, 3)):
+        assert f"cannot write checkpoint {tmp_path}/checkpoints/step-0000000{step}.pt: the disk is full" in message
+        assert "earlier checkpoints are intact: make room and start the same command again" in message
+    rows = [f"rows-{first:09d}-{first + 100:09d}.pt" for first in range(0, 400, 100)]
+    expected = [f"step-0000000{step}{name}" for step in (1, 4) for name in ("", ".pt", *(f"/{row}" for row in rows))]
+    assert last == str(sorted(expected))
 
 
 def test_a_checkpoint_is_not_put_into_a_folder_that_another_run_has_taken(tmp_path):

@@ -1,5 +1,6 @@
 """voxceleb_trainer's command lines and checkpoints: what they become, what is refused, what is said."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,9 @@ from spknet import cli
 from spknet import config as configuration
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints import voxceleb_trainer as legacy_state
+from spknet.checkpoints import voxceleb_trainer_state as legacy_progress
 from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.initial import load_initial
 from spknet.config import Config, ConfigError, LossConfig, ModelConfig
 from spknet.losses import build_loss
 from spknet.models import build_model
@@ -210,7 +213,9 @@ def test_which_weights_a_run_starts_from(tmp_path):
         (tmp_path / "model" / f"model{epoch:09d}.model").touch()
     line = f"--model VGGVox --trainfunc softmax --save_path {tmp_path} --initial_model first.model"
     seed, newer = (legacy.translate(f"{line} --legacy.version {v}".split()) for v in ("seed", "newer"))
-    assert seed.config.train.initial_model.endswith("model000000020.model") and "begin anew" in "\n".join(seed.notes)
+    assert seed.config.train.initial_model.endswith("model000000020.model") and "with its next epoch" in "\n".join(
+        seed.notes
+    )
     assert newer.config.train.initial_model == "first.model"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000001.pt").touch()
@@ -229,10 +234,13 @@ def wrappings(model: torch.nn.Module, loss: torch.nn.Module) -> dict[str, dict]:
         "newer": {"model_state_dict": old, "optimizer_state_dict": {}, "scheduler_state_dict": {}, "epoch": 3},
         "newer, several GPUs": {"model_state_dict": {f"module.{k}": v for k, v in old.items()}, "epoch": 3},
         "RawNet3": {"model": bare},
+        "with its training": {"model": bare, "optimizer": {"state": {}}, "scheduler": {"last_epoch": 3}, "epoch": 3},
     }
 
 
-@pytest.mark.parametrize("form", ["2020", "several GPUs", "newer", "newer, several GPUs", "RawNet3"])
+@pytest.mark.parametrize(
+    "form", ["2020", "several GPUs", "newer", "newer, several GPUs", "RawNet3", "with its training"]
+)
 @pytest.mark.parametrize("name, encoder", [("ResNetSE34L", "ASP"), ("ResNetSE34V2", "SAP"), ("RawNet3", "ECA")])
 def test_a_checkpoint_comes_back_from_each_wrapping(form, name, encoder, tmp_path):
     options = {"name": name, "encoder": encoder}
@@ -242,10 +250,11 @@ def test_a_checkpoint_comes_back_from_each_wrapping(form, name, encoder, tmp_pat
     state = checkpoint.read(tmp_path / "a.model")  # by weights_only
     assert legacy.is_legacy_checkpoint(state)
     other, other_loss = small(**options), build_loss(LossConfig(name="amsoftmax"), 16, 7, 1)
-    assert legacy.load_into(other, other_loss if form != "RawNet3" else None, state) == []
+    bare = form in ("RawNet3", "with its training")  # without the loss
+    assert legacy.load_into(other, None if bare else other_loss, state) == []
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
-    assert torch.equal(loss.weight, other_loss.weight) == (form != "RawNet3")
+    assert torch.equal(loss.weight, other_loss.weight) != bare
 
 
 def test_names_and_shapes_are_voxceleb_trainers():
@@ -339,16 +348,72 @@ def test_a_checkpoint_of_spknet_starts_a_run_and_its_head_finds_the_speakers(tmp
     task = SimpleNamespace(model=build_model(config), loss=build_loss(LossConfig(name="softmax"), 16, 2, 1))
     corpus = SimpleNamespace(utterances=SimpleNamespace(speakers=["cid", "dan"], labels=[0, 1]), classes_per_speaker=1)
     fresh = task.loss.weight[1].clone()
-    notes = legacy.load_initial(task, str(tmp_path / "a.pt"), corpus)
+    notes = load_initial(task, str(tmp_path / "a.pt"), corpus)
     head = "head: rows of 1 speakers kept, those of 1 begin anew"
     assert notes == [f"starting from the weights of {tmp_path / 'a.pt'}", head]
     assert torch.equal(task.model.head.fc.weight, old.head.fc.weight)
     assert torch.equal(task.loss.weight[0], old_loss.weight[2]) and torch.equal(task.loss.weight[1], fresh)
     task.model = build_model(ModelConfig(**SMALL, embedding_size=8))
     with pytest.raises(CheckpointError, match="2 misshapen: head.fc.weight"):
-        legacy.load_initial(task, str(tmp_path / "a.pt"), corpus)
+        load_initial(task, str(tmp_path / "a.pt"), corpus)
     with pytest.raises(CheckpointError, match="holds no checkpoints/step"):
-        legacy.load_initial(task, str(tmp_path), corpus)
+        load_initial(task, str(tmp_path), corpus)
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_moments_go_on_as_in_the_optimizer_they_come_from(kind, tmp_path):
+    def task_of(seed: int) -> SimpleNamespace:
+        torch.manual_seed(seed)
+        return SimpleNamespace(model=small(), loss=build_loss(LossConfig(name="amsoftmax"), 16, 7, 1))
+
+    def parameters(task) -> dict[str, torch.nn.Parameter]:
+        parts = (("__S__.", task.model), ("__L__.", task.loss))
+        return {p + legacy_state.their_name(m, n): w for p, m in parts for n, w in m.named_parameters()}
+
+    def step(task, optimizer) -> None:
+        for number, parameter in enumerate(parameters(task).values()):
+            draws = torch.Generator().manual_seed(number)
+            parameter.grad = torch.randn(parameter.shape, generator=draws)
+        optimizer.step()
+
+    make = {"adam": torch.optim.Adam, "sgd": lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9)}[kind]
+    old, new = task_of(0), task_of(1)
+    theirs = legacy_state.to_legacy(old.model, old.loss)
+    order = [key for key in theirs if key.startswith("__S__.")][::-1] + ["__L__.W"]  # theirs need not be ours
+    by_name = parameters(old)
+    optimizer = make([by_name[key] for key in order if key in by_name])
+    for _ in range(3):
+        step(old, optimizer)
+    weights = legacy_state.to_legacy(old.model, old.loss)
+    state = copy.deepcopy(optimizer.state_dict())
+    head = state["state"][len(state["state"]) - 1]  # their W is our weight, transposed
+    for name in head.keys() - {"step"}:
+        head[name] = head[name].T.contiguous()
+    content = {"model_state_dict": {key: weights[key] for key in order}, "optimizer_state_dict": state, "epoch": 12}
+    path = tmp_path / "model" / "model000000010.model"
+    path.parent.mkdir()
+    torch.save(content, path)
+    legacy_state.load_into(new.model, new.loss, checkpoint.read(path))
+    ours = make(list(parameters(new).values()))
+    assert legacy_progress.is_of_run(path, tmp_path) and not legacy_progress.is_of_run(path, tmp_path / "model")
+    assert legacy_progress.continue_from(path, new, ours) == (12, [f"going on after epoch 12 of {path}"])
+    step(old, optimizer)
+    step(new, ours)
+    for (name, a), b in zip(parameters(old).items(), parameters(new).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+    other = (
+        torch.optim.SGD(parameters(new).values(), momentum=0.9)
+        if kind == "adam"
+        else torch.optim.Adam(parameters(new).values())
+    )
+    assert "its optimizer is another one" in legacy_progress.continue_from(path, new, other)[1][0]
+    torch.save(weights, path)
+    assert legacy_progress.continue_from(path, new, ours)[0] == 10  # by its name
+    torch.save(
+        content | {"optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}}}},
+        path,
+    )
+    assert "no moments of the optimizer that fit" in legacy_progress.continue_from(path, new, ours)[1][0]
 
 
 def test_export_writes_what_voxceleb_trainer_reads(tmp_path, capsys):

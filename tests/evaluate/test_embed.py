@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -169,3 +170,34 @@ def _stopped(rank, world_size, options):
 def test_a_signal_to_one_rank_stops_the_embedding_on_all(ranks, corpus):
     options = {"trials": str(corpus / "test_list.txt"), "root": str(corpus)}
     assert run_ranks(ranks, _stopped, options)[-1] == 3
+
+
+def test_a_batch_takes_the_power_of_two_of_seconds_that_half_of_the_memory_holds():
+    assert embed.fitting(80 * 10**9, 50e6) == 512  # 800 s would fill the half
+    assert embed.fitting(16 * 10**9, 500e6) == 16
+    assert embed.fitting(10**9, 600e6) == 1  # one second at least, whatever it takes
+    assert embed.fitting(80 * 10**9, 1.0) == 4096
+
+
+def _in_pieces(rank, world_size, bytes_at_once):
+    embed.GATHERED = bytes_at_once
+    model = network().eval()
+    samples = np.array([8000, 9000, 8000, 8500, 9000, 8000, 8000])
+
+    class Noise:
+        sample_rate = 16000
+
+        def read(self, places, i):
+            return (np.random.default_rng(i).standard_normal(samples[i]) * 1000).astype(np.int16)
+
+    places = types.SimpleNamespace(samples=samples)
+    return embed.embed(model, Noise(), places, Embedding(batch_seconds=1.0))
+
+
+def test_rows_gathered_piece_by_piece_and_by_any_number_of_ranks_are_equal():
+    whole = run_ranks(1, _in_pieces, 2**26, join=False)[0]
+    assert whole.shape == (7, 1, 16)
+    for ranks, bytes_at_once in ((2, 2 * 16 * 4), (3, 2**26)):  # one row a rank at a time, and all
+        found, *others = run_ranks(ranks, _in_pieces, bytes_at_once)
+        np.testing.assert_array_equal(found, whole)
+        assert others == [None] * (ranks - 1)

@@ -191,7 +191,7 @@ def test_a_remark_reaches_the_terminal_the_page_and_the_json(run_dir, corpus, tm
         "--crop_seconds -1",
         "--crop_seconds nan",
         "--crops 0",
-        "--batch_seconds 0",
+        "--batch_seconds -1",
         "--as_norm -3",
         "--as_norm 1.5",
         "--cohort_utterances 0",

@@ -149,6 +149,28 @@ def test_same_gender_impostors(data, capsys):
     assert "needs --metadata CSV" in capsys.readouterr().err
 
 
+def test_impostors_of_many_speakers_are_all_the_others_without_a_list_for_each():
+    speakers = [f"id{s}" for s in range(7)]
+    gender = {s: "fm"[i % 2] for i, s in enumerate(speakers[:5])} | {"id5": ""}
+    others = trial_maker.same_value(speakers, gender)
+    assert {s: list(of) for s, of in others.items()} == {
+        "id0": ["id2", "id4"], "id1": ["id3"], "id2": ["id0", "id4"], "id3": ["id1"], "id4": ["id0", "id2"],
+        "id5": [], "id6": [],
+    }  # fmt: skip
+    many = trial_maker.same_value([str(s) for s in range(200_000)], dict.fromkeys(map(str, range(200_000)), "any"))
+    assert all(len(of) == 199_999 for of in many.values())  # 320 GB as lists
+    assert (many["77"][76], many["77"][77], many["199999"][199_998]) == ("76", "78", "199998")
+
+
+def test_the_nearest_of_many_speakers_are_those_of_the_whole_matrix():
+    generator = np.random.default_rng(3)
+    means = generator.integers(-2, 3, (150, 4)).astype(np.float32)  # many equal cosines: the first speakers win
+    likeness = means @ means.T
+    np.fill_diagonal(likeness, -np.inf)
+    expected = np.argsort(-likeness, axis=1, kind="stable")[:, :10]
+    assert np.array_equal(np.stack(list(trial_maker._most_alike(means))), expected)
+
+
 def test_hard_impostors_are_the_nearest_speakers(data):
     names = [line.split()[1] for line in data.read_text().splitlines()]
     angle = np.array([0.3 * int(name[2]) for name in names])

@@ -15,14 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 BARS = "\r".join(f"[rank 0]  {n}%|███▏      | {n}/60 [00:0{n % 9}<00:05,  4.89step/s, loss 2.7]" for n in range(9))
 LOG = f"""launch: start of /runs/a, job 7, node 0
 an earlier life
-       exitcode  : -9 (pid: 12)
+failed (exitcode: -9) local_rank: 0 (pid: 12) of binary: python
 launch: start of /runs/a, job 7, node 0
 {BARS}
 [rank 0]
 [rank 0] step 20: EER 12.00 %
 [rank 1] error: x.tar is missing
-       exitcode  : -15 (pid: 13)
-       exitcode  : -11 (pid: 14)
+failed (exitcode: -15) local_rank: 0 (pid: 13) of binary: python
+failed (exitcode: -11) local_rank: 1 (pid: 14) of binary: python
+       exitcode  : -9 (pid: 15)
 """
 
 
@@ -74,6 +75,13 @@ def test_log_is_followed_until_the_run_has_ended(run):
     assert reader.wait(60) == 0
 
 
+def test_ranks_are_numbered_in_the_order_of_their_nodes_names(run, capsys):
+    starts = [{"job": "7", "step": 0, "nodes": ["gpu9", "gpu10"], "ranks_per_node": 2}]  # SLURM's order
+    (run / "launch.json").write_text(json.dumps({"starts": starts}))
+    assert logs.main([str(run), "--rank", "3"]) == 0
+    assert capsys.readouterr().out == "of node 0\n"
+
+
 def test_signals_that_killed_ranks_of_the_newest_start_are_read_from_its_log(run):
     log = run / "jobs" / "7" / "7_0_log.err"
     assert log_text.killed_ranks(log) == [11]  # TERM is what torchrun sends to the rest
@@ -81,11 +89,14 @@ def test_signals_that_killed_ranks_of_the_newest_start_are_read_from_its_log(run
 
 
 def test_end_of_a_failed_runs_log_is_of_its_newest_start(run):
-    shown = last_lines(str(run / "jobs" / "7" / "7_0_log.err"), count=4).splitlines()[2:]
+    shown = last_lines(str(run / "jobs" / "7" / "7_0_log.err"), count=2).splitlines()[2:]
     assert [line.strip() for line in shown[:2]] == ["[rank 0] step 20: EER 12.00 %", "[rank 1] error: x.tar is missing"]
     assert "earlier life" not in last_lines(str(run / "jobs" / "7" / "7_0_log.err"))
 
 
-def test_rank_that_stalled_is_read_from_the_reason():
-    assert log_text.straggler("no step finished within 600 s; rank 13 is behind, last seen at step 4") == 13
-    assert log_text.straggler("SIGUSR2") is None
+def test_host_of_the_rank_that_began_it_is_read_from_the_reason():
+    stalled = "no step finished within train.timeout_seconds=600; rank 13 (gpu2.lab) is behind, last seen at step 4"
+    assert log_text.blamed_hosts(stalled) == ["gpu2.lab"]
+    assert log_text.blamed_hosts("rank 1 (gpu1) is gone: its process has ended; the run continues") == ["gpu1"]
+    assert log_text.blamed_hosts("ranks 8, 9 (gpu1, gpu2) are gone; the run continues") == ["gpu1", "gpu2"]
+    assert log_text.blamed_hosts("SIGUSR2") == log_text.blamed_hosts("another rank is gone; the run continues") == []

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import status, submit
+from launch import starts, status, submit
 from launch.jobs import living_owner
 from spknet.train.run_folder import read_state
 from tests.launch.page import (
@@ -42,6 +42,9 @@ pytestmark = [
     pytest.mark.skipif(not ANSWERS, reason="no SLURM here: sinfo does not answer"),
     pytest.mark.skipif(not SPEECH.is_dir(), reason="no recordings beside the repository (shared/speech)"),
 ]
+needs_the_nodes_processes = pytest.mark.skipif(
+    not SANDBOX.exists(), reason="only where the nodes' processes are at hand: shared/cluster/slurm-sandbox"
+)
 FREE_SECONDS = 30  # from a death to the moment at which the nodes are free
 
 
@@ -184,9 +187,7 @@ def test_sbatch_run_survives_a_signal_and_no_second_one_touches_it(checkout, ref
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not SANDBOX.exists(), reason="only where the nodes' processes are at hand: shared/cluster/slurm-sandbox"
-)
+@needs_the_nodes_processes
 def test_killed_torchrun_frees_the_nodes_at_once_and_shards_are_staged_at_each_start(checkout, reference):
     run = checkout / "runs" / "d"
     shell(checkout, documented("spknet submit --nodes 4 --gpus-per-node 8 --stage /local/cache"))
@@ -311,6 +312,54 @@ def test_sweep_of_twelve_with_every_kind_of_end(checkout, monkeypatch):
             for line in (folder / f"loss=softmax,M=1,lr=0.0003,seed={s}" / "metrics.jsonl").read_text().splitlines()
             if "eval" in line]  # fmt: skip
     assert f"| softmax | 1 | 0.0003 | 3 | {sum(eers) / 3:.4g} |" in table
+
+
+@pytest.mark.slow
+@needs_the_nodes_processes
+def test_2_nodes_of_2_ranks_go_on_bit_equal_after_a_signal_and_after_a_lost_node(checkout):
+    whole, run = checkout / "runs" / "four", checkout / "runs" / "i"
+    words = run_words(run, checkout / "veri_test.txt")
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command = [*agent, "-m", "spknet.train", *words[:-1], f"--run_dir={whole}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    job = trials.submit_run(words, "--ranks-per-node", "2", "--hours", "0.5", "--signal-delay", "60")
+    trials.wait_for("training", 180, lambda: trials.last_step(run) >= 5)
+    trials.command("scancel", "--signal=USR2", job)
+    trials.wait_for("a second start", 120, lambda: len(starts_of(run)) == 2)
+    trials.wait_for("a checkpoint", 180, lambda: trials.last_step(run) >= trials.SAVE_EVERY + 1)
+    lost = starts_of(run)[-1]["nodes"][1]
+    assert trials.fail_node(SANDBOX, lost)(job) < FREE_SECONDS
+    wait_until_gone(job)
+    first, second, _ = starts_of(run)
+    assert (first["ended"], first["blamed"]) == ("signal", [])
+    assert second["blamed"] == [lost] and second["ended"] in ("lost", "died")  # whether SLURM saw it first
+    assert_as_undisturbed(run, whole)
+
+
+@pytest.mark.slow
+@needs_the_nodes_processes
+def test_node_on_which_a_rank_died_twice_is_left_out_and_named(checkout):
+    """Of two ranks on one node one is killed in each life, until some node has been blamed twice."""
+    run = checkout / "runs" / "h"
+    words = [*run_words(run, checkout / "veri_test.txt", steps=40), "--train.save_every_steps=2", f"--run_dir={run}"]
+    usual = ["--nodes", "1", "--ranks-per-node", "2", "--hours", "0.5", "--signal-delay", "60", "--max-restarts", "0"]
+    job, blamed = trials.submit_run(words, *usual), []
+    while len(blamed) == len(set(blamed)):
+        life = len(blamed) + 1
+        trials.wait_for(f"start {life}", 120, lambda n=life: len(starts_of(run)) == n)
+        begun = starts_of(run)[-1]
+        trials.wait_for("a checkpoint of it", 120, lambda at=begun["step"]: starts.newest_checkpoint_step(run) > at)
+        os.kill(trials.victim(job, "rank", 0), signal.SIGKILL)
+        trials.wait_for("its end", 60, lambda n=life: "ended" in starts_of(run)[n - 1])
+        assert starts_of(run)[-1]["blamed"] == begun["nodes"] and starts_of(run)[-1]["ended"] == "died"
+        blamed += begun["nodes"]
+    wait_until_gone(job)
+    assert starts_of(run)[-1]["nodes"] != blamed[-1:] and read_state(run)["state"] == "done"
+    assert f"leaves out {blamed[-1]}: blamed for two ends of this run" in log_of(run)
+
+
+def starts_of(run: Path) -> list[dict]:
+    return starts.read_starts(run)
 
 
 def test_installed_sweep_of_the_page_is_accepted(checkout):

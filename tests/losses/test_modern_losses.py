@@ -14,7 +14,7 @@ import torch
 
 from spknet.config import ConfigError, LossConfig, OptimConfig, from_dict
 from spknet.losses import build_loss
-from spknet.losses.classification import cosines_of
+from spknet.losses.classification import AMSoftmax, cosines_of
 from spknet.train.optim import build_optimizer, learning_rate, margin
 
 FACTS = json.loads((Path(__file__).resolve().parents[1] / "reference" / "losses_modern.json").read_text())
@@ -234,3 +234,21 @@ def test_options_that_do_not_fit_each_other():
         build_loss(config, 4, 4, 1)
     with pytest.raises(ConfigError, match="loss.shards 48: expected a power of 2"):
         build_loss(LossConfig(name="softmax", shards=48), 4, 4, 1)
+
+
+def test_penalties_on_some_columns_are_those_of_a_choice_by_hand():
+    """Rows with all, some and none of their entries: values and gradients of cos(theta - p) at the chosen columns alone."""
+    head = AMSoftmax(LossConfig(margin=0.2, top_k=3, top_k_margin=0.1), 4, None)
+    hardest = torch.tensor([[4, 0, 2], [-1, 3, -1], [-1, -1, -1], [1, -1, 0]])
+    cosines = torch.linspace(-0.8, 0.9, 20, dtype=torch.float64).reshape(4, 5).requires_grad_()
+    weights = torch.arange(20, dtype=torch.float64).reshape(4, 5)
+    found = head.with_penalties(cosines, hardest)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), cosines)
+    for row in range(4):
+        for column in range(5):
+            c, w = cosines[row, column].item(), weights[row, column].item()
+            chosen = column in hardest[row].tolist()
+            value = math.cos(math.acos(c) - 0.1) if chosen else c
+            slope = math.sin(math.acos(c) - 0.1) / math.sqrt(1 - c * c) if chosen else 1
+            assert found[row, column].item() == pytest.approx(value, abs=1e-9)
+            assert gradient[row, column].item() == pytest.approx(w * slope, abs=1e-9)

@@ -49,6 +49,8 @@ COUNTED = {
     ("ReDimNet2-B4", "redimnet2"): (6659744, 4.635),
     ("ReDimNet2-B5", "redimnet2"): (8959272, 9.677),
     ("ReDimNet2-B6", "redimnet2"): (12394784, 13.126),
+    # By hand: gates 4 * 256 * ((40 + 256) + 2 * 512) for each of 160 frames, then 256 * 256; 2 s are two windows.
+    ("GE2E-LSTM", "resemblyzer"): (1423616, 0.4327),
 }
 WITH_OPTIONS = [
     (ModelConfig("ECAPA-512", encoder="ASTP"), 5797504, 0.959),

@@ -10,6 +10,7 @@ import torch
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
 from spknet.data import dither
 from spknet.models import build_model
+from spknet.models.features import mel_energies, reflected, spans_of
 from spknet.models.front_ends import FRONT_ENDS, Kaldi, build_features, resolve
 
 REFERENCE = json.loads((Path(__file__).resolve().parents[1] / "reference" / "features.json").read_text())
@@ -185,3 +186,25 @@ def test_dither_gives_digital_silence_a_spectrum():
     # at half the rate) and the sum over a filter's bins, about 5 in the last band.
     assert abs(silent.max() - np.log(1.1920929e-7)) < 1e-3
     assert abs(noisy[0, -1].mean() - np.log(159 * 3.8 * 5)) < 1
+
+
+@pytest.mark.parametrize("project", OPTIONS)
+def test_pieces_and_narrow_products_change_nothing(project, monkeypatch):
+    waves, features = sounds(5, 8000), front_end(project).double()
+    expected = features(waves)
+    monkeypatch.setattr("spknet.models.features.PIECE", 100)  # frames: two waves at a time, and one
+    assert (features(waves) - expected).abs().max() < 1e-10
+    power = torch.rand(2, 3, len(features.filters), dtype=torch.float64)
+    narrow = spans_of(features.filters)
+    assert sum((last - first) * (high - low) for first, last, low, high in narrow) < features.filters.numel() / 2
+    found = mel_energies(power, features.filters, narrow)
+    assert (found - power @ features.filters).abs().max() < 1e-12
+
+
+def test_a_band_without_a_bin_stays_empty_and_reflection_is_torch_s():
+    power = torch.rand(1, 2, 9)
+    assert mel_energies(power, torch.zeros(9, 20), spans_of(torch.zeros(9, 20))).eq(0).all()
+    waves = torch.rand(2, 7)
+    assert reflected(waves, 3).equal(torch.nn.functional.pad(waves, (3, 3), mode="reflect"))
+    with pytest.raises(RuntimeError, match="[Pp]adding"):
+        reflected(waves, 7)

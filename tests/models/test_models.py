@@ -10,7 +10,7 @@ import torch
 
 from spknet import rng
 from spknet.checkpoints import voxceleb_trainer as legacy_state
-from spknet.config import ConfigError, ModelConfig
+from spknet.config import ConfigError, FeaturesConfig, ModelConfig
 from spknet.losses import LOSSES, build_loss
 from spknet.models import MODELS, build_model
 from spknet.models import describe as info
@@ -318,3 +318,43 @@ def test_recipes_of_the_papers_grid_build():
             build_loss(c.loss, c.model.embedding_size, 10, c.data.utterances_per_speaker)
     balanced = parse(["--config", "balanced"])
     assert (balanced.data.speakers_per_batch, balanced.data.utterances_per_speaker) == (384, 2)
+
+
+def test_a_batch_norm_of_the_features_keeps_the_mean_spectrum_and_masks_what_is_normal():
+    given = FeaturesConfig(remove_mean=False, batch_norm=True)
+    model = build_model(ModelConfig(name="ECAPA-512", width=0.03), features=given)
+    waves = torch.randn(4, 8000) * torch.tensor([[0.01], [0.1], [0.5], [1.0]])
+    plain = model.features(waves)
+    mean = plain.mean(dim=(0, 2), keepdim=True)
+    deviation = plain.var(dim=(0, 2), correction=0, keepdim=True).add(1e-5).sqrt()
+    expected = (plain - mean) / deviation
+    expected[:, :8] = 0  # the lowest tenth of 80 bands
+    seen = []
+    model.layer1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    masks = torch.tensor([[0.0, 0.1], [0.0, 0.0]]).expand(4, 2, 2)
+    model(waves, masks)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-4)
+    assert (expected[3] - expected[0]).mean() > 1  # who is louder stays louder
+
+
+def test_pool_input_pools_features_and_differences_beside_the_layers():
+    model = build_model(ModelConfig(name="ECAPA-512", width=0.03, encoder="TSTP", pool_input=True)).eval()
+    x = torch.zeros(1, 5, 80)
+    x[0, :, 3] = torch.tensor([0.0, 1.0, 4.0, 9.0, 16.0])
+    frames = model.frames(x.mT)
+    assert frames.shape == (1, 46 + 160, 5)
+    assert frames[0, 46 + 3].tolist() == [0, 1, 4, 9, 16]
+    assert frames[0, 46 + 80 + 3].tolist() == [1, 4, 8, 12, 7]
+    assert model.embed_features(x).shape == (1, 192)
+
+
+@pytest.mark.parametrize(
+    "name, features, options, said",
+    [
+        ("ResNetSE34L", {"batch_norm": True}, {}, "features.batch_norm"),
+        ("ResNet18", {}, {"pool_input": True}, "pool_input"),
+    ],
+)
+def test_networks_without_these_options_say_so(name, features, options, said):
+    with pytest.raises(ConfigError, match=said):
+        build_model(ModelConfig(name=name, **options), features=FeaturesConfig(**features))

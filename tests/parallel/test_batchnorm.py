@@ -2,11 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from spknet.parallel.batchnorm import GlobalBatchNorm, globalize
+from spknet.config import ConfigError
+from spknet.parallel import batchnorm
+from spknet.parallel.batchnorm import GlobalBatchNorm, check_groups, globalize
+from spknet.parallel.gradients import AveragedGradients
 from tests.ranks import run_ranks
 
 
@@ -107,3 +111,95 @@ def test_the_operators_keep_what_they_declare_to_torch(layout, dtype):
     given = (torch.randn_like(y), x, weight, mean, variance, 1e-5)
     torch.library.opcheck(torch.ops.spknet.batch_norm_global_backward.default, given)
     assert torch.ops.spknet.batch_norm_global_backward(*given)[0].stride() == x.stride()
+
+
+@torch.library.custom_op("spknet_tests::pure", mutates_args=())
+def pure(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    batchnorm.world_size()
+    return x.clone()
+
+
+pure.register_fake(lambda x, weight, bias, eps: torch.empty_like(x))
+pure.register_autograd(lambda ctx, dy: (dy, None, None, None))
+
+
+def test_a_compiler_keeps_every_meeting_of_the_ranks(monkeypatch):
+    """Two equal calls, one of whose results nobody uses: of an operator that is declared pure one is left."""
+    meetings = []
+    monkeypatch.setattr(batchnorm, "world_size", lambda: meetings.append(1) or 1)
+    for operator, kept in ((torch.ops.spknet.batch_norm_global, 2), (pure, 1)):
+
+        def twice(x, weight, operator=operator):
+            operator(x, weight, weight, 1e-5)
+            return operator(x, weight, weight, 1e-5)
+
+        meetings.clear()
+        torch.compiler.reset()
+        torch.compile(twice, backend="aot_eager")(torch.randn(4, 6, 5, requires_grad=True), torch.ones(6))
+        assert len(meetings) == kept
+
+
+GROUPS = 4
+
+
+def grouped(rank, world, groups):
+    """A network of two BatchNorms, two steps: gradients (mean over ranks), statistics, loss."""
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5), nn.ReLU(), nn.Flatten(), nn.Linear(40, 6), nn.BatchNorm1d(6)]
+    model = globalize(nn.Sequential(*layers).double(), groups)
+    generator = torch.Generator().manual_seed(1)
+    gradients = AveragedGradients(model.parameters())
+    for _ in range(2):
+        gradients.clear()
+        x, y = (torch.randn(16, *shape, generator=generator, dtype=torch.float64) for shape in ((3, 10), (6,)))
+        rows = slice(rank * 16 // world, (rank + 1) * 16 // world)
+        (model(x[rows]) * y[rows]).sum(1).square().mean().backward()
+        gradients.average()
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    return state | {f"{name}.grad": p.grad.numpy() for name, p in model.named_parameters()}
+
+
+def by_hand():
+    """The same by torch's BatchNorm on each group, one after the other."""
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5), nn.ReLU(), nn.Flatten(), nn.Linear(40, 6), nn.BatchNorm1d(6)]
+    model = nn.Sequential(*layers).double()
+    norms = [part for part in model if isinstance(part, nn.BatchNorm1d)]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        model.zero_grad()
+        x, y = (torch.randn(16, *shape, generator=generator, dtype=torch.float64) for shape in ((3, 10), (6,)))
+        before, after = [copy.deepcopy(norm.state_dict()) for norm in norms], []
+        for rows in torch.arange(16).chunk(GROUPS):
+            for norm, state in zip(norms, before):
+                norm.load_state_dict(state)
+            ((model(x[rows]) * y[rows]).sum(1).square().sum() / 16).backward()
+            after.append([copy.deepcopy(norm.state_dict()) for norm in norms])
+        for i, norm in enumerate(norms):
+            for name in ("running_mean", "running_var"):
+                getattr(norm, name).copy_(sum(states[i][name] for states in after) / GROUPS)
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    return state | {f"{name}.grad": p.grad.numpy() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_groups_of_the_batch_are_normalised_alike_on_any_number_of_ranks(world):
+    expected = by_hand()
+    for found in run_ranks(world, grouped, GROUPS):
+        assert found.keys() == expected.keys()
+        for name in found:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, atol=1e-13, err_msg=name)
+
+
+def test_frozen_statistics_stay_and_normalise_in_training():
+    layer = globalize(nn.Sequential(nn.BatchNorm1d(2)), 0)[0].train()
+    layer.running_mean.copy_(torch.tensor([1.0, 2.0]))
+    x = torch.tensor([[3.0, 2.0], [1.0, 4.0]])
+    torch.testing.assert_close(layer(x), (x - torch.tensor([1.0, 2.0])) / (1 + 1e-5) ** 0.5)
+    assert layer.running_mean.tolist() == [1.0, 2.0] and layer.weight.requires_grad
+
+
+def test_groups_that_cannot_be_cut_are_refused():
+    check_groups(1, 7), check_groups(0, 7), check_groups(4, 8)
+    with pytest.raises(ConfigError, match="train.batchnorm_groups 3: with 8 speakers in a batch and 1 ranks expected"):
+        check_groups(3, 8)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from spknet.parallel import ranks
-from spknet.parallel.ranks import RankError, Ranks, from_environment, threads_of
-from tests.ranks import exit_statuses
+from spknet.parallel.ranks import RankError, Ranks, from_environment, meeting, threads_of
+from spknet.parallel.together import PIECE, barrier, gather_objects, on_first
+from tests.ranks import exit_statuses, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,3 +125,22 @@ def test_a_port_in_use_is_named():
         assert exit_statuses(1, _occupied, taken.getsockname()[1]) == [0]  # one rank needs none
         statuses = exit_statuses(2, _occupied, taken.getsockname()[1], timeout=60)
     assert statuses[0] == 2 and statuses[1] in (2, 3)
+
+
+def _exchanged(rank: int, world: int) -> list:
+    """What 3 ranks tell each other, larger than the store takes at once; and how many entries are left in it."""
+    told = [gather_objects(bytes([rank]) * size) for size in (0, PIECE - 3, 2 * PIECE + 1, 10)]
+    shared = on_first("making much", lambda: list(range(3_000_000)))  # 9 MB
+    barrier()
+    barrier()
+    barrier()
+    right = [
+        told[k] == [bytes([r]) * size for r in range(world)] for k, size in enumerate((0, PIECE - 3, 2 * PIECE + 1, 10))
+    ]
+    return [right, shared == list(range(3_000_000)), meeting().store.num_keys()]
+
+
+def test_ranks_tell_each_other_more_than_the_store_takes_at_once_and_leave_nothing_there():
+    every = run_ranks(3, _exchanged)
+    assert [found[:2] for found in every] == [[[True] * 4, True]] * 3
+    assert every[0][2] < 30  # of 12 rounds with 3 pieces and more

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import soundfile
+import torch
 
-from tools.bench.augment import SNR, TheirWay, main, make_noise
+from tools.bench.__main__ import main
+from tools.bench.augment import BANDS, SNR, Spectrum, TheirWay, make_noise, their_features
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,15 @@ def test_their_noise_has_its_level(folder):
         assert len(audio) == 32000 and low - 0.1 < ratio < high + 0.1  # the floor of 1e-4 moves it a little
 
 
+def test_their_features_are_ours():
+    waves = torch.randn(2, 8000, generator=torch.Generator().manual_seed(0)) / 10
+    assert (their_features()(waves) - Spectrum(16000, BANDS)(waves)).abs().max() < 1e-3
+
+
 def test_a_small_run_prints_a_row_for_each_way(capsys):
-    assert main(["--utterances", "150", "--noise", "8", "--seconds", "0", "--crop_seconds", "0.5"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("crops/s/core") == 6 and "share of the two" in said
+    words = ["augment", "--utterances", "150", "--noise", "8", "--seconds", "0", "--crop_seconds", "0.5"]
+    assert main(words) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("ours, wespeaker, with features") for line in said) == 7
+    assert [line for line in said if "theirs, with their features" in line and " x " in line]
+    assert said[-1].startswith("reading and mixing in a step with it")

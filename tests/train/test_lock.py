@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from spknet.parallel.process import machine, started
 from spknet.train import lock as locks
 from spknet.train.lock import RunError, hold, may_write
 from spknet.train.run_folder import read_state, write_state
+from tests.ranks import exit_statuses
 
 FORK = multiprocessing.get_context("fork")
 CALLS = {"x86_64": {"link": 86, "linkat": 265, "flock": 73}, "aarch64": {"linkat": 37, "flock": 32}}
@@ -56,10 +58,10 @@ def foreign(folder, **owner):
 def dead_owner(folder):
     """A lock of a process of this machine that was killed."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    start = locks._start(child.pid)
+    start = started(child.pid)
     child.kill()
     child.wait()
-    foreign(folder, host=socket.gethostname(), machine=locks._machine(), pid=child.pid, start=start)
+    foreign(folder, host=socket.gethostname(), machine=machine(), pid=child.pid, start=start)
 
 
 def _compete(folder, refused, ready, decided, results):
@@ -314,3 +316,16 @@ def test_ranks_and_launchers_of_the_same_run_may_write_its_state(tmp_path, monke
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     with may_write(tmp_path) as (allowed, _):
         assert allowed
+
+
+def _start_with_a_limit_of_two_seconds(_rank, words):
+    from spknet.train.__main__ import main
+
+    locks.STALE_SECONDS = 5.0
+    return main([*words, "--train.timeout_seconds", "2"])
+
+
+def test_ranks_that_wait_for_a_stale_lock_longer_than_their_limit_do_not_stall(options, tmp_path):
+    foreign(tmp_path / "run")
+    words = [*options, "--train.max_steps", "1", "--run_dir", str(tmp_path / "run")]
+    assert exit_statuses(2, _start_with_a_limit_of_two_seconds, words) == [0, 0]

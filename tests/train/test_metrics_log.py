@@ -14,7 +14,7 @@ from spknet.errors import UserError
 from spknet.train import board
 from spknet.train.growing import GrowingFile
 from spknet.train.lock import RunError, hold
-from spknet.train.metrics_log import MetricsLog, is_due, profiler, read_metrics
+from spknet.train.metrics_log import MetricsLog, profiler, read_metrics
 from tests.train.full_disk import on_a_small_disk
 
 FORK = multiprocessing.get_context("fork")
@@ -244,11 +244,6 @@ def test_a_log_of_a_folder_that_another_run_has_taken_is_not_written(tmp_path):
         with pytest.raises(RunError, match="taken over"):
             MetricsLog(tmp_path, 0, tensorboard=False, owner=owner)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
-
-
-def test_is_due():
-    assert [step for step in range(1, 8) if is_due(step, 3, 7)] == [3, 6, 7]
-    assert [step for step in range(1, 8) if is_due(step, 0, 7)] == [7]
 
 
 def test_the_profiler_writes_one_trace(tmp_path):

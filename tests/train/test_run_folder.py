@@ -13,7 +13,7 @@ import yaml
 
 from spknet.train import run_folder as run
 from spknet.train.lock import RunError, hold
-from spknet.train.run_folder import begin, carries_on, read_state, refuse, set_aside, write_state
+from spknet.train.run_folder import begin, carries_on, note_before_begin, read_state, set_aside, write_state
 from tests.train.full_disk import on_a_small_disk
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,19 +73,27 @@ def test_a_start_that_is_refused_leaves_a_finished_run_as_it_was(tmp_path):
         try:
             raise RunError("options have changed")
         except RunError as error:
-            refuse(tmp_path, str(error), owner.token)
+            note_before_begin(tmp_path, "failed", str(error), owner.token)
             raise
     assert snapshot(tmp_path) == before
 
 
 def test_a_first_start_that_fails_before_it_began_says_why(tmp_path):
     with hold(tmp_path / "new") as owner:
-        refuse(tmp_path / "new", "index.json is missing", owner.token)
+        note_before_begin(tmp_path / "new", "failed", "index.json is missing", owner.token)
     assert (read_state(tmp_path / "new")["state"], read_state(tmp_path / "new")["reason"]) == (
         "failed",
         "index.json is missing",
     )
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["state.json"]
+
+
+def test_a_rank_lost_before_the_beginning_asks_for_a_requeue_and_leaves_a_finished_run_alone(tmp_path):
+    for before, after in ((None, "requeue"), ("requeue", "requeue"), ("running", "requeue"), ("done", "done")):
+        if before:
+            write_state(tmp_path, before, 7)
+        note_before_begin(tmp_path, "requeue", "rank 1 is gone")
+        assert (read_state(tmp_path)["state"], read_state(tmp_path)["step"]) == (after, 7 if before else 0)
 
 
 def test_options_record_and_state_are_written_at_the_beginning(tmp_path):

@@ -73,6 +73,7 @@ FRONT_ENDS = {
     "speechbrain": ("ECAPA-512", {"variant": "speechbrain"}),
     "redimnet": ("ReDimNet-B0", {}),
     "tfmel": ("ReDimNet2-B0", {}),
+    "ge2e": ("GE2E-LSTM", {}),
 }
 
 

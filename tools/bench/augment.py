@@ -2,14 +2,15 @@
 
     ours     rows of shards -> crops, noise, impulse responses (Steps), mixed by the batch (mix) -> 80 log-mel bands
     theirs   utterance by utterance: the whole file with soundfile (float64), a crop, noise files of 5 s read whole, numpy;
-             scipy.signal.convolve with an impulse response; then the same features by the batch
+             scipy.signal.convolve with an impulse response; then the features by the batch: torchaudio's MelSpectrogram and
+             InstanceNorm1d, as its networks have it (the same numbers as ours), or ours
 
 Theirs is written anew after DatasetLoader.py of clovaai/voxceleb_trainer: one of five, as it is, reverberation, music, 3 to 7
-talkers, noise. A second row draws as WeSpeaker does (0.6; half reverberation, half one noise), which is less work. Made-up
+talkers, noise. A further row draws as WeSpeaker does (0.6; half reverberation, half one noise), which is less work. Made-up
 audio (utterances of 4 to 12 s, as VoxCeleb's; noise of 5 s pieces, as it cuts MUSAN; rooms of 1 s). Times are those of the
 process, one thread, ways in turn on other batches each time, so that a busy neighbour slows all.
 
-Usage: python -m tools.bench augment [--preset wespeaker] [--seconds 30]
+    spknet bench augment [--preset wespeaker] [--seconds 30]
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import argparse
 import tempfile
 import time
 import wave
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import scipy.signal
 import soundfile
 import torch
+import torchaudio
 
 from shards.pack import pack
 from spknet.config import Config
@@ -35,6 +38,7 @@ from spknet.models.features import Spectrum
 from spknet.options import parse
 from spknet.parallel.ranks import Ranks
 from tools.bench.loader import RATE, make_wavs
+from tools.bench.table import Row, beside
 
 BATCH = 64  # utterances
 BANDS = 80
@@ -154,10 +158,24 @@ def step_of(config: Config, samples: int):
     return step
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m tools.bench augment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def their_features() -> torch.nn.Module:
+    """The front end of voxceleb_trainer's ResNetSE34L: (batch, samples) -> (batch, 80, frames)."""
+
+    class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            options = {"n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": BANDS}
+            self.torchfb = torchaudio.transforms.MelSpectrogram(RATE, window_fn=torch.hamming_window, **options)
+            self.instancenorm = torch.nn.InstanceNorm1d(BANDS)
+
+        @torch.no_grad()
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.instancenorm((self.torchfb(x) + 1e-6).log())
+
+    return Features()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="wespeaker", help="of ours (wespeaker)")
     parser.add_argument("--speed", action="store_true", help="ours with speeds 1.0, 0.9, 1.1 as well")
     parser.add_argument("--crop_seconds", type=float, default=2.015, help="length of a crop (2.015)")
@@ -165,22 +183,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--noise", type=int, default=200, help="made-up noise files of each category (200)")
     parser.add_argument("--model", default="ResNetSE34L", help="network of the step (ResNetSE34L)")
     parser.add_argument("--seconds", type=float, default=30.0, help="of measuring")
-    chosen = parser.parse_args(argv)
+
+
+def rows(chosen: argparse.Namespace) -> Iterator[Row]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         entries = make_wavs(folder / "wav", chosen.utterances, speakers=2 * BATCH)
         noise = make_noise(folder / "noise", chosen.noise)
-        for rows, out in ((entries, "speech"), (noise["noise"], "noise_shards"), (noise["rir"], "rir_shards")):
-            pack(rows, folder / out, progress=False)
-        report(folder, chosen, [path for _, _, path in entries], noise)
-    return 0
+        for listed, out in ((entries, "speech"), (noise["noise"], "noise_shards"), (noise["rir"], "rir_shards")):
+            pack(listed, folder / out, progress=False)
+        yield from compare(folder, chosen, [path for _, _, path in entries], noise)
 
 
-def report(folder: Path, chosen: argparse.Namespace, paths: list[str], noise: dict) -> None:
+def compare(folder: Path, chosen: argparse.Namespace, paths: list[str], noise: dict) -> Iterator[Row]:
     config = configured(folder, chosen)
     steps = Steps(config, Corpus.open(config.data, 0, config.augment), Ranks())
-    features, cpu = Spectrum(RATE, BANDS), torch.device("cpu")
+    features, theirs, cpu = Spectrum(RATE, BANDS), their_features(), torch.device("cpu")
     batches = [[paths[(i * BATCH + j) * 7 % len(paths)] for j in range(BATCH)] for i in range(64)]
     own, like = TheirWay(noise, steps.samples, False), TheirWay(noise, steps.samples, True)
 
@@ -191,26 +210,19 @@ def report(folder: Path, chosen: argparse.Namespace, paths: list[str], noise: di
     ours = f"ours, {chosen.preset}"
     ways = {
         f"{ours}, with features": lambda i: features(read(i)),
-        f"{ours}, waves only": read,
+        "theirs, with their features": lambda i: theirs(own(batches[i % 64])),
+        "theirs, with our features": lambda i: features(own(batches[i % 64])),
+        "theirs, waves alone": lambda i: own(batches[i % 64]),
+        "theirs as WeSpeaker draws, their features": lambda i: theirs(like(batches[i % 64])),
+        f"{ours}, waves alone": read,
         "ours, the loader's half": lambda i: steps[i],
-        "theirs, with features": lambda i: features(own(batches[i % 64])),
-        "theirs, waves only": lambda i: own(batches[i % 64]),
-        "theirs as WeSpeaker draws, features": lambda i: features(like(batches[i % 64])),
         f"a step of {chosen.model}": step_of(config, steps.samples),
     }
     seconds = measure(ways, chosen.seconds)
-    first = seconds[f"{ours}, with features"]
-    print(f"batches of {BATCH} crops of {chosen.crop_seconds} s; process time, one thread, medians")
-    for name, value in list(seconds.items())[:-1]:
-        print(
-            f"augment  {name:<38}{BATCH / value:>8,.0f} crops/s/core   ours with features / this = {value / first:.2f}"
-        )
-    half, theirs = seconds["ours, the loader's half"], seconds["theirs, waves only"]
-    print(
-        f"augment  the loader's half, which is a CPU's share beside a GPU, / theirs, waves only = {theirs / half:.1f}"
-    )
-    step, waves = seconds[f"a step of {chosen.model}"], seconds[f"{ours}, waves only"]
-    print(f"augment  reading and mixing {1000 * waves:.0f} ms, a step of {chosen.model} {1000 * step:.0f} ms a batch")
-    print(
-        f"augment  share of the two: {100 * waves / (waves + step):.1f} % (CPU; on a GPU the loader's half runs beside)"
-    )
+    step, waves = seconds.pop(f"a step of {chosen.model}"), seconds[f"{ours}, waves alone"]
+    speeds = {name: BATCH / value for name, value in seconds.items()}
+    yield from beside(speeds, "crops/s/core")
+    half, alone = speeds["ours, the loader's half"], speeds["theirs, waves alone"]
+    yield Row("ours, the loader's half", half, "crops/s/core", half / alone, "theirs, waves alone")
+    yield Row(f"a step of {chosen.model}", BATCH / step, "crops/s/core")
+    yield Row("reading and mixing in a step with it", 100 * waves / (waves + step), "%")

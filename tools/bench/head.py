@@ -1,6 +1,6 @@
 """A whole classification head on every rank against one cut over the ranks: time of a step and memory of a rank.
 
-    python -m tools.bench head --classes 100000 1000000 [--ranks 1 2 4] [--batch 128] [--steps 3]
+    spknet bench head --classes 100000 1000000 [--ranks 1 2 4] [--batch 128] [--steps 3]
 
 A step is forward, backward, the gradients' all-reduce where the head is whole (what DDP does), and SGD with momentum. The
 embeddings are random; there is no network. Each rank is a process with one thread, fresh for each line. Memory is the
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,13 +26,15 @@ import torch.distributed as dist
 
 from spknet.config import LossConfig
 from spknet.losses import build_loss
-from spknet.parallel.ranks import Ranks, ranks
+from spknet.parallel.ranks import Ranks
+from tools.bench.ranks import on_ranks
+from tools.bench.step import resident
+from tools.bench.table import Row
 
 BLOCKS = 5  # of logits' size that a step holds at once
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench head", description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--batch", type=int, default=128, help="utterances of the global batch")
@@ -43,37 +45,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--whole_up_to", type=int, default=0, help="largest ranks x classes of a whole head; 0: no limit"
     )
-    chosen = parser.parse_args(argv)
+
+
+def rows(chosen: argparse.Namespace) -> Iterator[Row]:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)
-    print(f"aamsoftmax, B={chosen.batch}, D={chosen.size}, P={chosen.shards}, float32, SGD with momentum, gloo")
-    print(
-        "classes    ranks  head     step s  MiB a rank  expected  measured/expected  step, whole/this  MiB, whole/this"
-    )
     for classes in chosen.classes:
         for world in chosen.ranks:
-            compare(chosen, classes, world)
-    return 0
+            yield from compare(chosen, classes, world)
 
 
-def compare(chosen: argparse.Namespace, classes: int, world: int) -> None:
+def compare(chosen: argparse.Namespace, classes: int, world: int) -> Iterator[Row]:
     ways = ["whole", "pieces"] + (["sample"] if chosen.sample < 1 else [])
     if chosen.whole_up_to and world * classes > chosen.whole_up_to:
         ways.remove("whole")
     results = {}
     for way in ways:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        torch.multiprocessing.spawn(_rank, (chosen, (classes, world, way), port, queue), nprocs=world)
-        told = [queue.get() for _ in range(world)]
+        told = on_ranks(world, measure, chosen, classes, way)
         results[way] = max(seconds for seconds, _ in told), max(memory for _, memory in told)
         seconds, memory = results[way]
-        expected = expectation(chosen, classes, world, way) / 2**20
-        line = f"{classes:<10} {world:<6} {way:<8} {seconds:<7.3f} {memory:<11.0f} {expected:<9.0f} {memory / expected:<18.2f}"
-        if "whole" in results:
-            line += f" {results['whole'][0] / seconds:<17.2f} {results['whole'][1] / memory:.2f}"
-        print(line, flush=True)
+        what, expected = f"{classes} classes, ranks: {world}, {way}", expectation(chosen, classes, world, way) / 2**20
+        yield Row(what, memory, "MiB a rank", memory / expected, "the expected ones")
+        if way == "whole":
+            yield Row(what, seconds, "s a step")
+        elif "whole" in results:
+            yield Row(what, seconds, "s a step", seconds / results["whole"][0], "the whole head's")
+            yield Row(what, memory, "MiB a rank", memory / results["whole"][1], "the whole head's")
 
 
 def expectation(chosen: argparse.Namespace, classes: int, world: int, way: str) -> float:
@@ -88,16 +84,7 @@ def expectation(chosen: argparse.Namespace, classes: int, world: int, way: str) 
     return 4 * ((2 + 3 * chosen.sample) * classes / world * d + buffers * chosen.sample) + 8 * classes / world
 
 
-def _rank(rank: int, chosen, case: tuple[int, int, str], port: int, queue) -> None:
-    classes, world, way = case
-    if world > 1:
-        place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    with ranks("cpu", threads=1) as me:
-        queue.put(measure(chosen, classes, way, me))
-
-
-def measure(chosen: argparse.Namespace, classes: int, way: str, me: Ranks) -> tuple[float, float]:
+def measure(me: Ranks, chosen: argparse.Namespace, classes: int, way: str) -> tuple[float, float]:
     """(median seconds of a step, MiB at the peak)."""
     for small in (True, False):  # a small head first: libraries, threads and buffers of gloo are no part of the head
         before = resident("VmRSS")
@@ -135,9 +122,3 @@ def one_step(loss, optimizer, x: torch.Tensor, labels: torch.Tensor, me: Ranks) 
         parameter.grad /= me.world_size
     with loss.updating(optimizer):
         optimizer.step()
-
-
-def resident(what: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines[what].split()[0])

@@ -1,12 +1,12 @@
 """How fast crops come out of shards, and what the index costs: every figure beside what it is compared with, in one run.
 
-    crops     random 2 s crops a second: the reader; whole files read with soundfile and cut (voxceleb_trainer's way); a bare
-              loop of os.preadv into a preallocated array; FLAC shards; the whole DataLoader with one worker
-    packing   bytes a second beside `cp` and `sha256sum` of the same files; memory of the list per utterance
-    index     a synthetic index (no tars) of --index-rows rows: opening, memory of a further worker, rows of a batch of 512,
-              the sampler's plan of an epoch
+crops     random 2 s crops a second: the reader; whole files read with soundfile and cut (voxceleb_trainer's way); a bare
+          loop of os.preadv into a preallocated array; FLAC shards; the whole DataLoader with one worker
+packing   bytes a second beside `cp` and `sha256sum` of the same files; memory of the list per utterance
+index     a synthetic index (no tars) of --index-rows rows: opening, memory of a further worker, rows of a batch of 512,
+          the sampler's plan of an epoch
 
-Usage: python -m tools.bench loader --index-rows 1092009 10000000
+spknet bench loader --index-rows 1092009 10000000
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tempfile
 import time
 import tracemalloc
 import wave
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from shards import format, index, plan
 from shards.pack import pack
 from shards.reader import Utterances, open_shards
-from spknet.errors import run
+from tools.bench.table import Row, beside
 
 RATE = 16000
 CROP = 2 * RATE  # samples
@@ -87,7 +88,7 @@ def bare_preadv(fds: list[int], offsets: list[int], out: np.ndarray) -> None:
         os.preadv(fd, (target[i * nbytes : (i + 1) * nbytes],), offset)
 
 
-def bench_crops(folder: Path, entries: list, seconds: float) -> None:
+def bench_crops(folder: Path, entries: list, seconds: float) -> Iterator[Row]:
     pack(entries, folder / "wav", shard_bytes=2**26, progress=False)
     pack(entries, folder / "flac", shard_bytes=2**26, codec="flac", progress=False)
     wav, flac = open_shards(folder / "wav"), open_shards(folder / "flac")
@@ -111,11 +112,9 @@ def bench_crops(folder: Path, entries: list, seconds: float) -> None:
     speed = crops_per_second(ways, batches, seconds)
     for fd in fds:
         os.close(fd)
-    reader = speed["reader, WAV shards"]
-    for name, value in speed.items():
-        print(f"crops  {name:<28}{value:>12,.0f} /s/core   reader / this = {reader / value:.2f}")
+    yield from beside(speed, "crops/s/core")
     size = {name: sum(path.stat().st_size for path in (folder / name).glob("*.tar")) for name in ("wav", "flac")}
-    print(f"crops  FLAC shards are {size['flac'] / size['wav']:.2f} x the bytes of WAV shards (of this noise)")
+    yield Row("FLAC shards of this noise", size["flac"] / 1e6, "MB", size["flac"] / size["wav"], "WAV shards")
 
 
 def crops_per_second(ways: dict, batches: list, seconds: float) -> dict[str, float]:
@@ -134,7 +133,7 @@ def crops_per_second(ways: dict, batches: list, seconds: float) -> dict[str, flo
     return {name: BATCH / float(np.median(values)) for name, values in times.items()}
 
 
-def bench_dataloader(folder: Path, seconds: float) -> None:
+def bench_dataloader(folder: Path, seconds: float) -> Iterator[Row]:
     """The whole DataLoader (one worker process, int16 batch of 256) beside the reader alone on the same rows, both per core."""
     from spknet.data.batches import Batches
     from spknet.data.corpus import Corpus
@@ -168,8 +167,8 @@ def bench_dataloader(folder: Path, seconds: float) -> None:
         own.append(children_seconds() - before)
     crops = BATCH * (many - few)
     each, overall = crops / (own[1] - own[0]), crops / (wall[1] - wall[0])
-    print(f"crops  DataLoader, 1 worker         {each:>12,.0f} /s/core   DataLoader / reader = {each / alone:.2f}")
-    print(f"crops  DataLoader, 1 worker         {overall:>12,.0f} /s")
+    yield Row("DataLoader, 1 worker", each, "crops/s/core", each / alone, "the reader")
+    yield Row("DataLoader, 1 worker", overall, "crops/s")
 
 
 def children_seconds() -> float:
@@ -178,7 +177,7 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def bench_packing(folder: Path, entries: list) -> None:
+def bench_packing(folder: Path, entries: list) -> Iterator[Row]:
     paths = [path for _, _, path in entries]
     size = sum(os.stat(path).st_size for path in paths)
 
@@ -206,20 +205,15 @@ def bench_packing(folder: Path, entries: list) -> None:
             function()
             used[name].append((clock() - start, time.perf_counter() - started))
     (ours, ours_wall), (theirs, theirs_wall) = (np.min(values, axis=0) for values in used.values())
-    print(
-        f"packing  pack, 1 process      {size / ours / 1e6:>8,.0f} MB/s/core {size / ours_wall / 1e6:>8,.0f} MB/s with the disk"
-    )
-    print(
-        f"packing  cp, sha256sum, sync  {size / theirs / 1e6:>8,.0f} MB/s/core {size / theirs_wall / 1e6:>8,.0f} MB/s with the disk"
-        f"   pack / this = {theirs / ours:.2f} and {theirs_wall / ours_wall:.2f}"
-    )
+    yield Row("pack, 1 process", size / ours / 1e6, "MB/s/core", theirs / ours, "cp, sha256sum, sync")
+    yield Row("pack, with the disk", size / ours_wall / 1e6, "MB/s", theirs_wall / ours_wall, "cp, sha256sum, sync")
     peaks = []
     for n in (10000, 50000):
         tracemalloc.start()
         plan.make_entries(_fake_list(n))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    print(f"packing  memory of the list: {(peaks[1] - peaks[0]) / 40000:.0f} bytes an utterance (VoxCeleb2-like names)")
+    yield Row("packing, memory of an utterance of VoxCeleb2", (peaks[1] - peaks[0]) / 40000, "bytes")
 
 
 def _fake_list(n: int):
@@ -271,7 +265,7 @@ def _worker(out: str, queue) -> None:
     queue.put(private_bytes() - before)
 
 
-def bench_index(folder: Path, n: int) -> None:
+def bench_index(folder: Path, n: int) -> Iterator[Row]:
     out = folder / f"index-{n}"
     print(f"index {n:,}: writing it", file=sys.stderr)
     synthetic_index(out, n)
@@ -286,47 +280,41 @@ def bench_index(folder: Path, n: int) -> None:
     child.start()
     extra = queue.get(timeout=600)
     child.join()
-    print(f"index {n:,}: opens in {1000 * opening:.1f} ms ({checked / RATE / 3600:,.0f} h of audio)")
-    print(f"index {n:,}: a further worker adds {extra / 1e6:.1f} MB after 200 batches of 512 random rows")
-    print(f"index {n:,}: 512 random rows, found and checked, in {1000 * lookup:.2f} ms")
-    bench_sampler(utterances, n)
+    yield Row(f"index {n:,}: opening", 1000 * opening, "ms")
+    yield Row(f"index {n:,}: audio", checked / RATE / 3600, "h")
+    yield Row(f"index {n:,}: a further worker", extra / 1e6, "MB")
+    yield Row(f"index {n:,}: 512 random rows", 1000 * lookup, "ms")
+    yield from bench_sampler(utterances, n)
     shutil.rmtree(out)
 
 
-def bench_sampler(utterances: Utterances, n: int) -> None:
+def bench_sampler(utterances: Utterances, n: int) -> Iterator[Row]:
     from spknet.data.sampler import Sampler
 
     def planned() -> None:
         Sampler(utterances.speaker_rows, speakers_per_batch=200, utterances_per_speaker=2, cap=500, seed=0).plan(1)
 
-    print(f"index {n:,}: the sampler's plan of an epoch (N=200, M=2) in {best(planned, 0.5):.3f} s")
+    yield Row(f"index {n:,}: plan of an epoch (N=200, M=2)", best(planned, 0.5), "s")
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(
-        "python -m tools.bench loader", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    p.add_argument(
-        "--index-rows", type=int, nargs="*", default=[1092009, 10000000], help="sizes of the synthetic indexes"
-    )
+def add_options(p: argparse.ArgumentParser) -> None:
+    sizes = [1092009, 10000000]
+    p.add_argument("--index-rows", type=int, nargs="*", default=sizes, help="sizes of the synthetic indexes")
     p.add_argument("--utterances", type=int, default=1024, help="noises of 4 to 12 s for crops and packing")
     p.add_argument("--seconds", type=float, default=2.0, help="time of each measurement")
     p.add_argument("--folder", help="where to work; default: the temporary folder")
     p.add_argument("--only", choices=("crops", "packing", "index"), help="only this part")
-    args = p.parse_args(argv)
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+
+
+def rows(chosen: argparse.Namespace) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
         folder = Path(name)
-        if args.only != "index":
-            entries = make_wavs(folder / "files", args.utterances, speakers=BATCH)
-        if args.only in (None, "crops"):
-            bench_crops(folder, entries, args.seconds)
-            bench_dataloader(folder, args.seconds)
-        if args.only in (None, "packing"):
-            bench_packing(folder, entries)
-        for n in args.index_rows if args.only in (None, "index") else []:
-            bench_index(folder, n)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))
+        if chosen.only != "index":
+            entries = make_wavs(folder / "files", chosen.utterances, speakers=BATCH)
+        if chosen.only in (None, "crops"):
+            yield from bench_crops(folder, entries, chosen.seconds)
+            yield from bench_dataloader(folder, chosen.seconds)
+        if chosen.only in (None, "packing"):
+            yield from bench_packing(folder, entries)
+        for n in chosen.index_rows if chosen.only in (None, "index") else []:
+            yield from bench_index(folder, n)

@@ -1,4 +1,4 @@
-"""How fast scoring and error rates are, on synthetic embeddings of VoxCeleb1's size. `python -m tools.bench score`
+"""How fast scoring and error rates are, on synthetic embeddings of VoxCeleb1's size. `spknet bench score`
 
 Lists O, E and H have VoxCeleb1's numbers of trials and utterances (original lists), 512 dimensions. The loop that the
 10-crop figure is a ratio to scores one trial at a time, as voxceleb_trainer does; it is timed on a part and scaled.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from spknet.evaluate import bootstrap, cohort, metrics, scoring
+from tools.bench.step import MIB, resident
+from tools.bench.table import Row
 
 TRIALS = {"O": 37_720, "O cleaned": 37_611, "E": 581_480, "E cleaned": 579_818, "H": 552_536, "H cleaned": 550_894}
 UTTERANCES = {"O": 4_708, "E": 145_375, "H": 138_137}
@@ -49,7 +51,7 @@ def loop(crops: torch.Tensor, left, right, dimension: int) -> list[float]:
     return scores
 
 
-def crop_scoring(generator, part: int, threads: int) -> None:
+def crop_scoring(generator, part: int, threads: int) -> Iterator[Row]:
     rows = generator.standard_normal((UTTERANCES["O"], 10, DIMENSIONS), dtype=np.float32)
     left, right = pairs("O", generator)
     crops = torch.from_numpy(rows)
@@ -58,22 +60,21 @@ def crop_scoring(generator, part: int, threads: int) -> None:
         (timed(lambda: scoring.mean_distance(rows, rows, left, right, True, threads)) for _ in range(5)),
         key=lambda pair: pair[0],
     )
-    print(f"O, 10 crops, mean distance: {fast:.3f} s")
     for dimension, name in ((2, "voxceleb_trainer's line as it stands"), (1, "the same over the right dimension")):
         one_by_one = functools.partial(loop, crops, left[:part], right[:part], dimension)
         slow, scores = min((timed(one_by_one) for _ in range(3)), key=lambda pair: pair[0])
         slow *= len(left) / part
-        print(f"  loop over trials, {name}: {slow:.1f} s ({part} trials timed, best of 3); ratio {slow / fast:.0f}")
+        yield Row("O, 10 crops, mean distance", fast, "s", fast / slow, f"{name}, one by one ({part} timed)")
     different = left[:part] != right[:part]
     assert np.abs(blocked[:part] - scores)[different].max() < 1e-4
 
 
-def cosine_and_as_norm(generator, threads: int) -> None:
+def cosine_and_as_norm(generator, threads: int) -> Iterator[Row]:
     rows = scoring.unit(generator.standard_normal((UTTERANCES["E"], DIMENSIONS), dtype=np.float32))
     for name in TRIALS:
         sides = pairs(name, generator)
         fast = min(timed(functools.partial(scoring.cosine, rows, rows, *sides, threads))[0] for _ in range(2))
-        print(f"{name}, cosine: {fast:.2f} s")
+        yield Row(f"{name}, cosine", fast, "s")
     others = scoring.unit(generator.standard_normal((COHORT, DIMENSIONS), dtype=np.float32))
 
     def normalised(left, right):
@@ -82,27 +83,18 @@ def cosine_and_as_norm(generator, threads: int) -> None:
 
     for times in (1, 10):
         sides = [np.tile(side, times) for side in pairs("E", generator)]
-        before = reset_peak()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = resident("VmRSS")
         seconds, scores = timed(functools.partial(normalised, *sides))
-        grown, own = peak() - before, scores.nbytes / 2**20
-        print(
-            f"E {times} x, AS-norm (cohort {COHORT}, top {TOP}) of {len(scores):,} trials: {seconds:.1f} s; {grown:.0f} MiB more at"
-            f" the peak, cosines ({own / 2:.0f}) and scores ({own:.0f}) included"
+        what = f"E {times} x, AS-norm (cohort {COHORT}, top {TOP})"
+        yield Row(what, seconds, "s")
+        # Cosines take half as much as the scores.
+        yield Row(
+            what, (resident("VmHWM") - before) / MIB, "MiB", (resident("VmHWM") - before) / scores.nbytes, "the scores"
         )
 
 
-def reset_peak() -> float:
-    """MiB that this process has in memory now; from here on `peak` counts (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
-
-
-def peak() -> float:
-    """Most MiB that this process has had in memory since reset_peak."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
-
-def error_rates(generator) -> None:
+def error_rates(generator) -> Iterator[Row]:
     labels = generator.random(10_000_000) < 0.1
     scores = generator.standard_normal(len(labels), dtype=np.float32) + 2 * labels
 
@@ -110,37 +102,35 @@ def error_rates(generator) -> None:
         r = metrics.rates(scores, labels)
         return metrics.eer(r), metrics.min_dcf(r, 0.01), metrics.min_dcf(r, 0.05), metrics.cllr(scores, labels)
 
-    seconds, _ = timed(all_of_them)
-    print(
-        f"10 M trials, EER + minDCF + Cllr: {seconds:.1f} s; with minCllr {timed(lambda: metrics.figures(scores, labels))[0]:.1f} s"
-    )
+    yield Row("10 M trials, EER, minDCF, Cllr", timed(all_of_them)[0], "s")
+    yield Row("the same with minCllr", timed(lambda: metrics.figures(scores, labels))[0], "s")
 
 
-def intervals(generator) -> None:
+def intervals(generator) -> Iterator[Row]:
     labels = generator.random(TRIALS["E"]) < 0.5
     left = generator.integers(0, SPEAKERS, len(labels))
     right = np.where(labels, left, (left + generator.integers(1, SPEAKERS, len(labels))) % SPEAKERS)
     scores = generator.standard_normal(len(labels), dtype=np.float32) + 4 * labels
     seconds, _ = timed(lambda: bootstrap.replicate(scores, labels, left, right, 1000))
-    print(f"E, bootstrap over {SPEAKERS} speakers, 1,000 replicates: {seconds:.1f} s")
+    yield Row(f"E, bootstrap over {SPEAKERS} speakers, 1,000 times", seconds, "s")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench score", description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--loop_trials", type=int, default=2000, help="trials of the loop that are timed")
     parser.add_argument(
         "--only", nargs="+", choices=("crops", "cosine", "rates", "bootstrap"), help="part of the figures"
     )
-    chosen = parser.parse_args(argv)
+
+
+def rows(chosen: argparse.Namespace) -> Iterator[Row]:
     torch.set_num_threads(chosen.threads)
-    print(f"{chosen.threads} threads")
     generator = np.random.default_rng(0)
     parts = {
         "crops": lambda: crop_scoring(generator, chosen.loop_trials, chosen.threads),
         "cosine": lambda: cosine_and_as_norm(generator, chosen.threads),
+        "rates": lambda: error_rates(generator),
+        "bootstrap": lambda: intervals(generator),
     }
-    parts |= {"rates": lambda: error_rates(generator), "bootstrap": lambda: intervals(generator)}
     for name in chosen.only or parts:
-        parts[name]()
-    return 0
+        yield from parts[name]()

@@ -3,7 +3,7 @@
 There: `cat` the parts, unzip everything, one ffmpeg a file, one after the other. Here: join in place, decode out of the zip into shards. The
 corpus is made up, in the real layout (parts of a zip of AAC files), so ffmpeg is needed. The disk is looked at every 20 ms.
 
-    python -m tools.bench voxceleb --files 240 --workers 2
+    spknet bench voxceleb --files 240 --workers 2
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import tempfile
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
 from tools import synth
+from tools.bench.table import Row
 from tools.voxceleb import __main__ as voxceleb
 from tools.voxceleb.files import ARCHIVES
 
@@ -127,12 +129,13 @@ def our_way(folder: Path, workers: int) -> None:
         raise RuntimeError("packing did not end well")
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser("python -m tools.bench voxceleb", description=__doc__.splitlines()[0])
+def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--files", type=int, default=240)
     p.add_argument("--seconds", type=float, default=8.0, help="length of an utterance; VoxCeleb2 has 7.8 on average")
     p.add_argument("--workers", type=int, default=2)
-    options = p.parse_args(argv)
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "made"
         speakers = max(4, options.files // 20)
@@ -152,20 +155,17 @@ def main(argv: list[str] | None = None) -> int:
             seconds = time.perf_counter() - begin
             result = sum(used(path) for path in [folder / "shards"]) if name == "here" else _waves(folder)
             results[name] = seconds, watch.peak, archive, result
-    report(results, len(files))
-    return 0
+    yield from report(results, len(files))
 
 
 def _waves(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*.wav"))
 
 
-def report(results: dict[str, tuple], files: int) -> None:
-    """A row each: seconds, and the disk at its fullest beyond the archive and the result, in percent of the archive."""
-    print(f"{'way':10} {'seconds':>8} {'files/s':>8} {'peak MB':>8} {'extra, % of the archive':>24}")
-    for name, (seconds, peak, archive, result) in results.items():
-        extra = 100 * (peak - archive - result) / archive
-        print(f"{name:10} {seconds:8.1f} {files / seconds:8.1f} {peak / 1e6:8.1f} {extra:24.1f}")
-    print(
-        f"time: {results['trainer'][0] / results['here'][0]:.2f} x as fast; disk: {results['here'][1] / results['trainer'][1]:.2f} x the peak"
-    )
+def report(results: dict[str, tuple], files: int) -> Iterator[Row]:
+    """Speed, and the disk at its fullest: in all, and beyond the archive and the result in percent of the archive."""
+    (slow, their_peak, _, _), (seconds, peak, _, _) = results["trainer"], results["here"]
+    for name, (_, most, archive, result) in results.items():
+        yield Row(f"{name}, disk beyond archive and result", 100 * (most - archive - result) / archive, "% of archive")
+    yield Row("here", files / seconds, "files/s", slow / seconds, "voxceleb_trainer's way")
+    yield Row("here, disk at its fullest", peak / 1e6, "MB", peak / their_peak, "voxceleb_trainer's way")

@@ -1,0 +1,36 @@
+"""What a rank must know of the torchrun that has started it: what it has set by itself, and that it starts all ranks again.
+
+torchrun cannot tell an error of the run from a lost rank: with `--max-restarts` it repeats both. So the rank that ends for
+good also ends its torchrun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+
+def sets_threads() -> bool:
+    """Whether OMP_NUM_THREADS is torchrun's own, which it sets to 1 where nobody has said anything."""
+    # The agent changes its own environment: what it was started with still stands in /proc.
+    given = _of_parent("environ")
+    return bool(given) and not any(word.startswith(b"OMP_NUM_THREADS=") for word in given)
+
+
+def end() -> None:
+    """Sends TERM to this rank's torchrun, where it would start all ranks again. Called by one rank of each machine."""
+    restarts = [int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
+    # A program that runs an agent inside itself is left alone.
+    names = [b"torch.distributed.run", b"torch.distributed.launch", b"torchrun"]
+    if restarts[0] < restarts[1] and any(os.path.basename(word) in names for word in _of_parent("cmdline")[:4]):
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _of_parent(name: str) -> list[bytes]:
+    """Words of /proc/PID/environ or cmdline of the torchrun above this process; none where there is none."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{os.getppid()}/{name}").read_bytes().split(b"\0")
+    return []
