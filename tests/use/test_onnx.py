@@ -29,6 +29,7 @@ FAMILIES = {
     "redimnet2": ModelConfig(name="ReDimNet2-B0", embedding_size=32, agg_gnorm=True),
     "rawnet3": ModelConfig(name="RawNet3", width=0.125, embedding_size=32, encoder="ECA"),
     "vggvox": ModelConfig(name="VGGVox", width=0.125, embedding_size=32),
+    "lstm": ModelConfig(name="GE2E-LSTM", embedding_size=32),
 }
 
 

@@ -54,7 +54,7 @@ def browser_page(address: str, *flags: str):
         path = shutil.which("chromium")
         assert path, "chromium is needed (Debian: package chromium)"
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", *flags])
-        page = chromium.new_page(viewport={"width": 900, "height": 1000})
+        page = chromium.new_page(viewport={"width": 900, "height": 780})
         page.set_default_timeout(PATIENCE)
         asked = []
         page.on("request", lambda request: asked.append(request.url))

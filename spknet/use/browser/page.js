@@ -88,7 +88,7 @@ function drawHistogram(score) {
     counts.forEach((count, i) => pen.fillRect(x(edges[i]), floor - (floor - 50) * count / most, x(edges[i + 1]) - x(edges[i]) - 1, (floor - 50) * count / most));
     pen.globalAlpha = 1;
     pen.textAlign = "left";
-    pen.fillText(`development trials of ${text}`, 20 + 480 * row, 28);
+    pen.fillText(`development trials of ${text}`, 20 + 560 * row, 28);
   }
   pen.fillStyle = pen.strokeStyle = ink("dim");
   pen.textAlign = "center";
@@ -99,7 +99,11 @@ function drawHistogram(score) {
     pen.lineWidth = wide;
     pen.beginPath(); pen.moveTo(x(value), 50); pen.lineTo(x(value), floor); pen.stroke();
     pen.textAlign = x(value) > canvas.width - 200 ? "right" : "left";
-    pen.fillText(text, x(value) + (pen.textAlign === "left" ? 8 : -8), height);
+    const place = x(value) + (pen.textAlign === "left" ? 8 : -8), size = pen.measureText(text).width;
+    pen.fillStyle = "#fffc";  // behind the words
+    pen.fillRect(pen.textAlign === "left" ? place : place - size, height - 22, size, 28);
+    pen.fillStyle = colour;
+    pen.fillText(text, place, height);
   };
   line(about.threshold, "threshold", ink("dim"), [8, 8], 3, 74);
   line(score, "this pair", ink("ink"), [], 5, 104);
