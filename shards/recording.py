@@ -22,7 +22,7 @@ from shards import containers, wav
 from shards.archive import read_source, split
 from shards.audio import BLOCK, LENGTHENED, Levels, checked_kind, pcm_blocks, tell_stray, telling
 from shards.errors import of_system
-from shards.ffmpeg import ffmpeg_to_wavs
+from shards.ffmpeg import ffmpeg_to_file
 from shards.format import open_regular
 
 
@@ -54,8 +54,11 @@ class Recording:
         kind = checked_kind(data, self.name)
         if kind == "WAV" or kind in containers.BY_FFMPEG:
             with tempfile.TemporaryFile() as file:
-                file.write(data if kind == "WAV" else ffmpeg_to_wavs([data], [self.name])[0])
-                file.flush()
+                if kind == "WAV":
+                    file.write(data)
+                    file.flush()
+                else:
+                    ffmpeg_to_file(data, self.name, file.fileno())
                 del data
                 yield from self._wave(file.fileno())
             return

@@ -19,13 +19,14 @@ for list in train_list.txt test_list.txt; do
   [ -f "$corpus/$list" ] || { echo "error: $corpus/$list is missing: a training list has lines 'speaker path', a test list 'label path path'" >&2; exit 1; }
 done
 [ -f "$out/shards/index/index.json" ] || python -m shards.pack --list "$corpus/train_list.txt" --root "$corpus" --out "$out/shards"
-# As many speakers a batch as the corpus allows, at most 40, even for two ranks.
-speakers=$(cut -d' ' -f1 "$corpus/train_list.txt" | sort | uniq -c | awk '$1 >= 2' | wc -l)
-speakers=$(( speakers < 40 ? speakers / 2 * 2 : 40 ))
+# As many speakers a batch as the corpus allows, at most 64, even for two ranks; as many in AS-norm, at most 30.
+speakers=$(cut -d' ' -f1 "$corpus/train_list.txt" | sort -u | wc -l)
+top=$(( speakers < 30 ? speakers : 30 ))
+speakers=$(( speakers < 64 ? speakers / 2 * 2 : 64 ))
 run=$out/run
 export OMP_NUM_THREADS=1
 torchrun --standalone --nproc_per_node 2 -m spknet.train --config small_corpus --data.train_shards "$out/shards" \
   --data.speakers_per_batch "$speakers" --train.max_steps "$steps" --run_dir "$run" "$@"
 torchrun --standalone --nproc_per_node 2 -m spknet.evaluate --checkpoint "$run" --trials "$corpus/test_list.txt" \
-  --root "$corpus" --untrained --out "$run/evaluation"
+  --root "$corpus" --as_norm "$top" --subtract_mean --untrained --out "$run/evaluation"
 python -m tools.summary "$run"

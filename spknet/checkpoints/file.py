@@ -297,9 +297,13 @@ def load_weights(module: torch.nn.Module, weights: Any, where: str) -> None:
         elif got.dtype != want.dtype:
             problems.append(f"{name} is {str(got.dtype)[6:]}, not {str(want.dtype)[6:]}")
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
-            f"{where} does not fit {type(module).__name__}: {', '.join(sorted(problems)[:3])}{more}; give the options that it"
-            " was trained with"
+            f"{where} does not fit {type(module).__name__}: {few(sorted(problems))}; give the options that it was trained with"
         )
     module.load_state_dict(weights)
+
+
+def few(problems: list[str]) -> str:
+    """The first three, and how many more there are."""
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return f"{', '.join(problems[:3])}{more}"

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
-from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.file import CheckpointError, few
 from spknet.config import FeaturesConfig, ModelConfig
 from spknet.models import build_model
 
@@ -114,14 +114,12 @@ def build(found: Found, path: str | Path) -> nn.Module:
         elif not value.isfinite().all():
             problems.append(f"{theirs[key]} holds values that are not finite")
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
-            f"{path} was recognised as {found.what} and does not fit it: {', '.join(problems[:3])}{more}; get the file anew, or"
-            " the configuration that belongs to it"
+            f"{path} was recognised as {found.what} and does not fit it: {few(problems)}; get the file anew, or the configuration"
+            " that belongs to it"
         )
-    network.load_state_dict(
-        weights, strict=False
-    )  # counters of BatchNorm may be missing, or kept as floats by an average
+    # Not strictly: BatchNorm's counters may be missing. An average keeps them as floats, which are converted.
+    network.load_state_dict(weights, strict=False)
     return network
 
 

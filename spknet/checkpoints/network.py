@@ -69,9 +69,12 @@ def load_network(
         meta |= {"kind": found.what, "sample_rate": found.sample_rate}
         say("; ".join([f"{path}: recognised as {found.what}", *found.notes]))
     else:
-        config = Config(model=model or legacy.guess_model(state))
-        network = build_model(config.model)
-        legacy.load_into(network, None, state, allow_partial=False)
+        try:
+            config = Config(model=model or legacy.guess_model(state))
+            network = build_model(config.model)
+            legacy.load_into(network, None, state, allow_partial=False)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
         meta["kind"] = f"voxceleb_trainer's {config.model.name}"
     if is_ours(state):
         meta |= {name: state[name] for name in WANTED if state.get(name) is not None}
@@ -85,6 +88,11 @@ def recognize(state: Any, path: str | Path) -> imports.Found | None:
         return next((found for project in PROJECTS if (found := project.recognize(state, Path(path)))), None)
     except CheckpointError as error:
         raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: shapes, or the configuration beside it, that no network has: {reason}"
+        ) from None
 
 
 def _options(state: dict[str, Any], path: Path) -> Config:

@@ -130,7 +130,7 @@ def split(state: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     if not is_legacy_checkpoint(state):
         kind = f"keys {', '.join(map(str, list(state)[:8]))}" if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(
-            f"not a checkpoint of spknet or voxceleb_trainer: found {kind}; expected a state dict, alone, under"
+            f"not a checkpoint of spknet or of a project that it reads: found {kind}; expected a state dict, alone, under"
             " model_state_dict or under model"
         )
     network, loss = {}, {}
@@ -211,7 +211,10 @@ def guess_model(state: dict) -> ModelConfig:
     filters = next((v for k, v in keys.items() if k.endswith("mel_scale.fb")), None)
     last = keys.get("fc6.weight", keys.get("fc.weight"))
     if last is None:
-        raise CheckpointError("the checkpoint has no last layer (fc.weight): none of voxceleb_trainer's networks")
+        raise CheckpointError(
+            f"none of the networks that spknet has of other projects: found {', '.join(list(keys)[:4])}, ..., and no last layer"
+            " of voxceleb_trainer (fc.weight)"
+        )
     old = name == "ResNetSE34" or (name != "VGGVox" and window_of(keys) == "hann")
     return ModelConfig(
         name=name,

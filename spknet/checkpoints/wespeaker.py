@@ -56,18 +56,23 @@ def recognize(state: Any, path: Path) -> Found | None:
     if not config:
         notes.append("there is no config.yaml beside it, so its features are taken to be WeSpeaker's defaults")
     rate = data.get("resample_rate") or 16000
-    return Found(what, replace(model, variant=variant), weights, _features(data, path), rate, notes)
+    features = _features(data, not model.name.startswith("ReDimNet"), path)
+    return Found(what, replace(model, variant=variant), weights, features if config else FeaturesConfig(), rate, notes)
 
 
-def _features(data: dict, path: Path) -> FeaturesConfig:
-    """Of dataset_args. Raises CheckpointError for features that are not here."""
+def _features(data: dict, kaldi: bool, path: Path) -> FeaturesConfig:
+    """Of dataset_args. kaldi: such features are the network's own. Raises CheckpointError for features that are not here."""
     kind, options = data.get("frontend") or "fbank", data.get("fbank_args") or {}
     wrong = [] if kind in ("fbank", "tfmel") else [f"frontend {kind}"]
-    wrong += [f"fbank_args.{name} {options[name]}" for name in ("frame_length",) if options.get(name, 25) != 25]
+    wrong += [f"fbank_args.frame_length {options['frame_length']}"] if options.get("frame_length", 25) != 25 else []
+    wrong += [f"resample_rate {data['resample_rate']}"] if not isinstance(data.get("resample_rate", 1), int) else []
     cmvn = data.get("cmvn_args") or {}
     wrong += ["cmvn_args.norm_var true"] if cmvn.get("norm_var") else []
     if wrong:
         raise CheckpointError(f"{path}: its config.yaml asks for {', '.join(wrong)}, which spknet has not")
+    if kind == "tfmel":  # which takes the mean away itself, whatever cmvn says
+        wave = (data.get("tfmel_args") or {}).get("norm_signal", False)
+        return FeaturesConfig("tfmel", normalize_wave=bool(wave))
     hop = float(options.get("frame_shift", 10))
     mean = data.get("cmvn", True) and cmvn.get("norm_mean", True)
-    return FeaturesConfig(hop_ms=None if hop == 10 else hop, remove_mean=bool(mean))
+    return FeaturesConfig("auto" if kaldi else "kaldi", hop_ms=None if hop == 10 else hop, remove_mean=bool(mean))

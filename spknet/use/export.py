@@ -23,9 +23,8 @@ from torch import nn
 
 from shards.format import atomic_write
 from spknet.checkpoints.averages import CHOICES
+from spknet.checkpoints.card import to_dict
 from spknet.checkpoints.export import voxceleb_trainer
-from spknet.checkpoints.network import load_network
-from spknet.config import Config
 from spknet.errors import UserError, run
 from spknet.evaluate import bootstrap, compare, report
 from spknet.evaluate.commands import at_least, check_file
@@ -34,20 +33,19 @@ from spknet.evaluate.evaluation import Asked, evaluate
 from spknet.evaluate.lists import open_lists
 from spknet.evaluate.utterances import Sources
 from spknet.use import int8, onnx_file
+from spknet.use.network import Network, load
 from spknet.use.onnx_file import OnnxNetwork
 
 FORMATS = {".onnx": "onnx", ".pt2": "pt2", ".model": "voxceleb_trainer"}
 LONGEST = 10  # seconds of an utterance that int8 is learned or judged on
 
 
-def about(network: nn.Module, config: Config) -> dict[str, str]:
+def about(network: Network) -> dict[str, str]:
     """What an exported file says of itself."""
-    options = {"model": dataclasses.asdict(config.model), "features": dataclasses.asdict(config.features)}
-    return {
-        "spknet": metadata.version("spknet"),
-        "sample_rate": str(network.sample_rate),
-        "network": json.dumps(options),
-    }
+    options = {name: dataclasses.asdict(getattr(network.config, name)) for name in ("model", "features")}
+    said = {"spknet": metadata.version("spknet"), "sample_rate": str(network.sample_rate)}
+    said["network"] = json.dumps(options)
+    return said | ({"card": json.dumps(to_dict(network.card))} if network.card else {})
 
 
 def write_pt2(
@@ -146,11 +144,13 @@ def main(argv: list[str] | None = None) -> int:
     if kind == "voxceleb_trainer":
         print(voxceleb_trainer(chosen.checkpoint, chosen.out, chosen.weights))
         return 0
-    network, config, meta = load_network(chosen.checkpoint, weights=chosen.weights)
+    network = load(chosen.checkpoint, "cpu", chosen.weights)
     write = write_onnx if kind == "onnx" else write_pt2
-    rows = write(onnx_file.graph(network), network, chosen.out, about(network, config))
+    rows = write(onnx_file.graph(network.model), network.model, chosen.out, about(network))
     opset = f", opset {onnx_file.OPSET}" if kind == "onnx" else ""
-    print(f"{chosen.out}: {config.model.name} of {meta['path']}{opset}, {Path(chosen.out).stat().st_size:,} bytes")
+    print(
+        f"{chosen.out}: {network.config.model.name} of {network.meta['path']}{opset}, {Path(chosen.out).stat().st_size:,} bytes"
+    )
     print(
         f"waves (batch, samples) at {network.sample_rate} Hz in [-1, 1] -> embeddings (batch, D), of any batch and length"
     )

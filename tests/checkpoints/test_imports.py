@@ -240,6 +240,7 @@ def test_wespeaker_s_networks_and_features_that_are_not_here_are_named(shared, t
         ("{frontend: whisper}", "frontend whisper"),
         ("{cmvn_args: {norm_var: true}}", "cmvn_args.norm_var true"),
         ("{fbank_args: {frame_length: 20}}", "fbank_args.frame_length 20"),
+        ("{resample_rate: many}", "resample_rate many"),
     ):
         path = wespeaker_file(tmp_path, f"model: ECAPA\nmodel_args: {{}}\ndataset_args: {words}\n", shared)
         with pytest.raises(CheckpointError, match=f"its config.yaml asks for {problem}, which spknet has not"):
@@ -254,6 +255,29 @@ def test_wespeaker_s_configuration_sets_rate_hop_and_pooling(shared, tmp_path):
     network, config, meta = load_network(wespeaker_file(tmp_path, said, shared))
     assert network.sample_rate == meta["sample_rate"] == 8000 and network.features.hop == 100
     assert config.features.remove_mean is False
+
+
+def test_redimnet2_in_wespeaker_s_wrapping_has_the_front_end_of_its_configuration(shared, tmp_path):
+    facts = facts_of(shared, "redimnet2-b0")
+    weights = {k: v for k, v in made_weights(facts["keys"]).items() if not k.startswith("spec.")}
+    weights |= {f"frontend.{key}": table for key, table in tables("redimnet2-b0", facts["keys"]).items()}
+    torch.save(
+        weights | {"projection.weight": torch.zeros(60, 192), "projection.bias": torch.zeros(1, 1)},
+        tmp_path / "avg_model.pt",
+    )
+    said = "model: ReDimNet2B0\nmodel_args: {feat_dim: 72}\ndataset_args: {frontend: %s, cmvn: False, tfmel_args: {norm_signal: %s}}"
+    (tmp_path / "config.yaml").write_text(said % ("tfmel", "True"))
+    network, _, meta = load_network(tmp_path)
+    expected = next(i for i in facts["inputs"] if i["input"].startswith("waves"))["output_float64"]
+    with torch.no_grad():
+        found = network(reference_waves()[:2]).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert meta["kind"] == "WeSpeaker's ReDimNet2-B0"
+    (tmp_path / "config.yaml").write_text(said % ("tfmel", "False"))
+    assert load_network(tmp_path)[0].features.normalize is False
+    (tmp_path / "config.yaml").write_text(said % ("fbank", "True"))
+    features = load_network(tmp_path)[0].features
+    assert (type(features).__name__, features.scale, features.remove_mean) == ("Kaldi", 32768.0, False)
 
 
 def test_cam_of_192_dimensions_in_wespeaker_s_wrapping_gets_3d_speaker_s_features(shared, tmp_path):
@@ -332,6 +356,28 @@ def test_a_configuration_is_read_without_running_anything(shared, tmp_path):
     with pytest.raises(CheckpointError, match="takes 80 mel bands; its hyperparams.yaml says 60"):
         load_network(path)
     assert not touched.exists()
+
+
+@pytest.mark.parametrize("said", ["{feat_dim: eighty}", "{feat_dim: -3}", "[80]", "{feat_dim: {a: 1}}"])
+def test_a_configuration_of_nonsense_is_one_sentence(said, shared, tmp_path):
+    path = wespeaker_file(tmp_path, f"model: ECAPA_TDNN_GLOB_c512\nmodel_args: {said}\n", shared)
+    with pytest.raises(CheckpointError, match="avg_model.pt: .*configuration"):
+        load_network(path)
+
+
+def test_shapes_of_nonsense_are_one_sentence(shared, tmp_path):
+    _, weights = cheap("ws-ECAPA-GLOB-c512-192", shared)
+    for shape in ((), (0,), (3, 0), (2, 2, 2, 2)):
+        for part in ("linear.", "layer1.bn.", "conv."):
+            broken = {k: torch.zeros(shape) if k.startswith(part) else v for k, v in weights.items()}
+            torch.save(broken, tmp_path / "a.pt")
+            with pytest.raises(CheckpointError, match="a.pt"):
+                load_network(tmp_path / "a.pt")
+    torch.save({"encoder.weight": torch.zeros(2), "encoder.bias": torch.zeros(2)}, tmp_path / "a.pt")
+    with pytest.raises(
+        CheckpointError, match="a.pt: none of the networks .*: found encoder.weight, encoder.bias, ..., and"
+    ):
+        load_network(tmp_path / "a.pt")
 
 
 def test_a_folder_without_any_network_says_what_was_looked_for(tmp_path):

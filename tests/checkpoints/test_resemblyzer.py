@@ -9,6 +9,7 @@ import soundfile
 import torch
 from resemblyzer import audio
 
+import spknet
 from spknet.checkpoints.network import load_network
 from spknet.evaluate.metrics import eer, rates
 from spknet.models.lstm import n_windows
@@ -44,6 +45,8 @@ def test_forty_files_are_embedded_as_by_its_own_program_without_its_cutting(netw
         wave = samples(shared, path)
         expected = theirs.embed_utterance(audio.normalize_volume(wave, -30, increase_only=True))
         np.testing.assert_allclose(embed(network, wave), expected, atol=1e-5)
+    front = spknet.load(PUBLISHED, "cpu").embed(shared / "speech" / path)  # the last of them by the front door
+    np.testing.assert_allclose(front[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [300, 5000, 25600, 25601, 37000, 37920, 56320])

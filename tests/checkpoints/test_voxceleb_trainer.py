@@ -1,6 +1,5 @@
 """voxceleb_trainer's command lines and checkpoints: what they become, what is refused, what is said."""
 
-import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +13,6 @@ from spknet import cli
 from spknet import config as configuration
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints import voxceleb_trainer as legacy_state
-from spknet.checkpoints import voxceleb_trainer_state as legacy_progress
 from spknet.checkpoints.file import CheckpointError
 from spknet.checkpoints.initial import load_initial
 from spknet.config import Config, ConfigError, LossConfig, ModelConfig
@@ -310,7 +308,9 @@ def test_another_loss_starts_anew_with_a_note():
 
 
 def test_what_is_no_checkpoint_is_said():
-    with pytest.raises(CheckpointError, match="not a checkpoint of spknet or voxceleb_trainer: found keys a, b"):
+    with pytest.raises(
+        CheckpointError, match="not a checkpoint of spknet or of a project that it reads: found keys a, b"
+    ):
         legacy.load_into(small(), None, {"a": 1, "b": 2})
 
 
@@ -358,62 +358,6 @@ def test_a_checkpoint_of_spknet_starts_a_run_and_its_head_finds_the_speakers(tmp
         load_initial(task, str(tmp_path / "a.pt"), corpus)
     with pytest.raises(CheckpointError, match="holds no checkpoints/step"):
         load_initial(task, str(tmp_path), corpus)
-
-
-@pytest.mark.parametrize("kind", ["adam", "sgd"])
-def test_moments_go_on_as_in_the_optimizer_they_come_from(kind, tmp_path):
-    def task_of(seed: int) -> SimpleNamespace:
-        torch.manual_seed(seed)
-        return SimpleNamespace(model=small(), loss=build_loss(LossConfig(name="amsoftmax"), 16, 7, 1))
-
-    def parameters(task) -> dict[str, torch.nn.Parameter]:
-        parts = (("__S__.", task.model), ("__L__.", task.loss))
-        return {p + legacy_state.their_name(m, n): w for p, m in parts for n, w in m.named_parameters()}
-
-    def step(task, optimizer) -> None:
-        for number, parameter in enumerate(parameters(task).values()):
-            draws = torch.Generator().manual_seed(number)
-            parameter.grad = torch.randn(parameter.shape, generator=draws)
-        optimizer.step()
-
-    make = {"adam": torch.optim.Adam, "sgd": lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9)}[kind]
-    old, new = task_of(0), task_of(1)
-    theirs = legacy_state.to_legacy(old.model, old.loss)
-    order = [key for key in theirs if key.startswith("__S__.")][::-1] + ["__L__.W"]  # theirs need not be ours
-    by_name = parameters(old)
-    optimizer = make([by_name[key] for key in order if key in by_name])
-    for _ in range(3):
-        step(old, optimizer)
-    weights = legacy_state.to_legacy(old.model, old.loss)
-    state = copy.deepcopy(optimizer.state_dict())
-    head = state["state"][len(state["state"]) - 1]  # their W is our weight, transposed
-    for name in head.keys() - {"step"}:
-        head[name] = head[name].T.contiguous()
-    content = {"model_state_dict": {key: weights[key] for key in order}, "optimizer_state_dict": state, "epoch": 12}
-    path = tmp_path / "model" / "model000000010.model"
-    path.parent.mkdir()
-    torch.save(content, path)
-    legacy_state.load_into(new.model, new.loss, checkpoint.read(path))
-    ours = make(list(parameters(new).values()))
-    assert legacy_progress.is_of_run(path, tmp_path) and not legacy_progress.is_of_run(path, tmp_path / "model")
-    assert legacy_progress.continue_from(path, new, ours) == (12, [f"going on after epoch 12 of {path}"])
-    step(old, optimizer)
-    step(new, ours)
-    for (name, a), b in zip(parameters(old).items(), parameters(new).values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
-    other = (
-        torch.optim.SGD(parameters(new).values(), momentum=0.9)
-        if kind == "adam"
-        else torch.optim.Adam(parameters(new).values())
-    )
-    assert "its optimizer is another one" in legacy_progress.continue_from(path, new, other)[1][0]
-    torch.save(weights, path)
-    assert legacy_progress.continue_from(path, new, ours)[0] == 10  # by its name
-    torch.save(
-        content | {"optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}}}},
-        path,
-    )
-    assert "no moments of the optimizer that fit" in legacy_progress.continue_from(path, new, ours)[1][0]
 
 
 def test_export_writes_what_voxceleb_trainer_reads(tmp_path, capsys):

@@ -127,7 +127,8 @@ def test_bfloat16_trains_like_float32(name, shared):
             rows = slice(8 * step, 8 * step + 8)
             losses.append(float(training.step(every[rows], torch.arange(160)[rows])[0]))
         means[precision] = np.mean(losses)
-    assert abs(means["bf16"] / means["float32"] - 1) < 0.02
+    # Rounding grows in 20 steps: changing samples by 3e-7 of themselves moves ReDimNet2's difference between 0.2 and 2.7 %.
+    assert abs(means["bf16"] / means["float32"] - 1) < 0.04
 
 
 @pytest.mark.parametrize("name", FAMILIES)

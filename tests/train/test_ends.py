@@ -20,7 +20,7 @@ ENDS = {  # place: exit status, state
     "none": (0, "done"),
     "SIGTERM": (75, "requeue"),
     "SIGKILL": (-9, "running"),
-    "options": (2, "failed"),
+    "options": (2, None),  # which may not even name the folder
     "data": (2, "failed"),
     "network": (1, "failed"),
     "checkpoint": (2, "done"),  # of a finished run, which is left as it was
@@ -63,6 +63,7 @@ def left_of(session: int) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("place", ENDS)
 def test_each_end_has_its_status_and_state_and_leaves_no_process(
@@ -79,7 +80,7 @@ def test_each_end_has_its_status_and_state_and_leaves_no_process(
         words += ["--train.epochs", "9"]
     status, state = ENDS[place]
     assert exit_statuses(1, _run, place, words) == [status]
-    assert read_state(run)["state"] == state
+    assert (read_state(run) or {}).get("state") == state
     began = float(failed_at.read_text()) if failed_at.exists() else read_state(run)["time"]
     while left_of(int(session.read_text())):
         assert time.time() - began < GONE_SECONDS, left_of(int(session.read_text()))
