@@ -1,6 +1,6 @@
 """Kills and signals in every phase of a run under torchrun, of every kind of process: it goes on to the same bits.
 
-SPKNET_KILLS=30 python -m pytest -s tests/train/test_phases.py       20 SIGKILLs and 10 SIGTERMs; the suite makes three
+SPKNET_KILLS=30 python -m pytest -s --timeout 3600 tests/train/test_phases.py       the suite makes three
 """
 
 import contextlib

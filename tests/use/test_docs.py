@@ -71,6 +71,7 @@ def inside(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_pages_run_from_top_to_bottom(shared, tmp_path):
     environment = prepare(tmp_path)
     for page in PAGES:
