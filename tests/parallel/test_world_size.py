@@ -9,6 +9,10 @@ LOSSES = ["angleproto", "ge2e", "softmax", "aamsoftmax", "triplet", "contrastive
 SLOW = pytest.mark.slow
 
 
+def newest(folder):
+    return max(folder.glob("checkpoints/step-*.pt"))
+
+
 def losses(world, words, folder, **options):
     return [line["loss"] for line in train(world, [*words, "--run_dir", str(folder)], **options)]
 
@@ -47,6 +51,18 @@ def test_the_full_network_gives_equal_losses_on_1_2_and_4_ranks(options, tmp_pat
     one = losses(1, words, tmp_path / "1")
     for world in (2, 4):
         assert losses(world, words, tmp_path / str(world)) == pytest.approx(one, rel=1e-8)
+
+
+def test_groups_of_batchnorm_are_the_same_on_1_2_and_4_ranks_and_not_the_whole_batch(options, tmp_path):
+    words = [*options, "--train.max_steps", "5"]
+    grouped = [*words, "--train.batchnorm_groups", "4"]
+    one = losses(1, grouped, tmp_path / "1")
+    assert one[0] != losses(1, words, tmp_path / "whole")[0]
+    for world in (2, 4):
+        assert losses(world, grouped, tmp_path / str(world)) == pytest.approx(one, rel=1e-8)
+    state = [torch.load(newest(tmp_path / name), weights_only=True)["model"] for name in ("1", "4")]
+    for name, value in state[0].items():  # running statistics among them
+        torch.testing.assert_close(state[1][name], value, rtol=1e-7, atol=1e-9)
 
 
 def test_any_number_of_workers_gives_the_same_bits(options, corpus, tmp_path):

@@ -16,7 +16,7 @@ FEW = {
     "eval": "--utterances 3 --crops 2 --runs 1",
     "end_to_end": "--steps 2 --speakers 2 --words --model.width 0.25 --data.crop_seconds 0.5 --train.device cpu",
     "beside": "--speakers 2 --threads 1 --steps 1",
-    "loader": "--only index --index-rows 2000 --seconds 0.1",
+    "loader": "--only index --index-rows 40000 --seconds 0.1",
     "score": "--only crops --loop_trials 20 --threads 1",
 }
 

@@ -100,9 +100,9 @@ def networks(chosen: argparse.Namespace, precisions: list[str], limits: dict, en
         operations = 6 * multiply_adds(build_model(ModelConfig(name=name)), chosen.crop_seconds)
         for precision in precisions:
             what = f"{name}, {precision}"
-            found = within(end, step.measure, name, precision, how)
-            if found is None:
-                yield Row(f"{what}: left out, no time", 0, "")
+            found = within(end, name, precision, how)
+            if isinstance(found, str):
+                yield Row(f"{what}: left out, {found}", 0, "")
                 continue
             seconds, baseline, memory = found
             speed, limit = chosen.batch / seconds, limits["bf16" if precision == "compile" else precision]
@@ -111,16 +111,20 @@ def networks(chosen: argparse.Namespace, precisions: list[str], limits: dict, en
             yield Row(what, memory / step.MIB, "MiB", 2e-9 * memory / seconds / limits["copy"], "copy ceiling")
 
 
-def within(end: float, function: Callable, *arguments):
-    """What a fresh process makes of it, or None where it has not ended in time: a compiler cannot be stopped otherwise."""
+def within(end: float, name: str, precision: str, how: argparse.Namespace) -> tuple | str:
+    """step.measure, or why not. Compiled in a process of its own: a compiler cannot be stopped otherwise."""
     left = end - time.monotonic()
     if left <= 0:
-        return None
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        try:
-            return pool.apply_async(function, arguments).get(timeout=left)
-        except multiprocessing.TimeoutError:
-            return None
+        return "no time"
+    try:
+        if precision != "compile":
+            return step.measure(name, precision, how)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply_async(step.measure, (name, precision, how)).get(timeout=left)
+    except multiprocessing.TimeoutError:
+        return "no time"
+    except torch.OutOfMemoryError:
+        return "the memory is full"
 
 
 def runs(chosen: argparse.Namespace, end: float) -> Iterator[Row]:

@@ -69,7 +69,8 @@ def compare(chosen: argparse.Namespace, classes: int, world: int) -> Iterator[Ro
             yield Row(what, seconds, "s a step")
         elif "whole" in results:
             yield Row(what, seconds, "s a step", seconds / results["whole"][0], "the whole head's")
-            yield Row(what, memory, "MiB a rank", memory / results["whole"][1], "the whole head's")
+            ratio = memory / results["whole"][1] if results["whole"][1] else None  # so small that no memory was taken
+            yield Row(what, memory, "MiB a rank", ratio, "the whole head's")
 
 
 def expectation(chosen: argparse.Namespace, classes: int, world: int, way: str) -> float:
