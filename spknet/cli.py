@@ -27,7 +27,6 @@ COMMANDS = {
     "train": {
         "train": ("spknet.train.__main__", "train a network"),
         "voxceleb-trainer": ("spknet.train.voxceleb_trainer_command", "train with voxceleb_trainer's command line"),
-        "export": ("spknet.checkpoints.export", "write a checkpoint in another program's format"),
         "recipes": ("spknet.train.recipes", "recipes with their cost and aim"),
         "bench": ("tools.bench.__main__", "speed of every part on this machine"),
     },
@@ -44,6 +43,9 @@ COMMANDS = {
         "card": ("spknet.use.make_card", "calibrate a network and describe it"),
         "convert": ("spknet.use.convert", "any checkpoint to one file to hand on"),
         "info": ("spknet.use.info", "what a checkpoint is; which networks there are"),
+        "export": ("spknet.use.export", "write a network as ONNX, .pt2 or for voxceleb_trainer"),
+        "page": ("spknet.use.page", "verify in the browser: record or drop recordings"),
+        "doctor": ("spknet.use.doctor", "what this machine lacks, with remedies"),
     },
     "use a cluster": {
         "submit": ("launch.submit", "start a run on a SLURM cluster"),

@@ -25,7 +25,7 @@ READS = {
     "stage": ["IN", "OUT"],
     "train": ["--data.train_list", "IN", "--data.train_root", "CORPUS", "--run_dir", "OUT"],
     "convert": ["IN", "OUT.safetensors"],
-    "export": ["--checkpoint", "IN", "--to", "voxceleb_trainer", "--out", "OUT"],
+    "export": ["IN", "OUT", "--to", "onnx"],
     "trials": ["--list", "IN", "--all_speakers", "--out", "OUT"],
     "evaluate": ["--checkpoint", "IN", "--trials", "CORPUS/test_list.txt", "--root", "CORPUS", "--out", "OUT"],
     "embed": ["--checkpoint", "IN", "--list", "CORPUS/train_list.txt", "--root", "CORPUS", "--out", "OUT"],
@@ -35,6 +35,7 @@ READS = {
     "identify": ["CORPUS/voice.wav", "--checkpoint", "CORPUS", "--among", "IN"],
     "card": ["IN"],
     "info": ["IN"],
+    "page": ["IN"],
     "sweep": ["IN", "--dry-run"],
     "status": ["IN"],
     "results": ["IN"],
@@ -43,7 +44,15 @@ READS = {
     "resubmit": ["IN"],
     "submit": ["--executor", "local", "--", "--config", "IN", "--run_dir", "OUT"],
 }
-NO_INPUT = {"musan", "voxceleb", "synth", "recipes", "bench", "voxceleb-trainer"}  # downloads, or nothing to read
+NO_INPUT = {
+    "musan",
+    "voxceleb",
+    "synth",
+    "recipes",
+    "bench",
+    "voxceleb-trainer",
+    "doctor",
+}  # downloads, or nothing to read
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,23 @@
-"""Checkpoints in another program's format.
+"""Checkpoints in voxceleb_trainer's format: `spknet export runs/a a.model --to voxceleb_trainer`.
 
-    spknet export --checkpoint runs/a --to voxceleb_trainer --out model.model
+The file is its oldest wrapping, {"__S__.KEY": network, "__L__.KEY": loss}, which all its versions read. Its window and filter
+bank go along; whether it feeds 16-bit integers or [-1, 1] is up to the version that reads it.
 
-voxceleb_trainer's file is its oldest wrapping, {"__S__.KEY": network, "__L__.KEY": loss}, which all its versions read. Its
-window and filter bank go along; whether it feeds 16-bit integers or [-1, 1] is up to the version that reads it.
+    print(voxceleb_trainer("runs/a", "a.model"))
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 import torch
 
 from shards.format import atomic_write
 from spknet.checkpoints import file as checkpoint
-from spknet.checkpoints.averages import CHOICES, with_averages
-from spknet.checkpoints.file import CheckpointError
+from spknet.checkpoints.averages import with_averages
 from spknet.checkpoints.network import load_network
 from spknet.checkpoints.voxceleb_trainer import to_legacy
-from spknet.config import Config, ConfigError
-from spknet.errors import run
+from spknet.config import ConfigError
 from spknet.losses import build_loss
 
 # Encoders that voxceleb_trainer's networks have.
@@ -35,8 +31,8 @@ THEIR_ENCODERS = {
 }
 
 
-def voxceleb_trainer(path: str | Path, weights: str | None = None) -> tuple[dict[str, torch.Tensor], Config]:
-    """The state dict for voxceleb_trainer of a run folder or a checkpoint, and its configuration.
+def voxceleb_trainer(path: str | Path, out: str | Path, weights: str | None = None) -> str:
+    """Writes a run folder's or a checkpoint's network and loss for voxceleb_trainer; says how it is called there.
 
     weights: "averaged" or "trained"; None: as the run evaluates.
     Raises CheckpointError, or ConfigError where voxceleb_trainer has no such network.
@@ -61,30 +57,10 @@ def voxceleb_trainer(path: str | Path, weights: str | None = None) -> tuple[dict
         rows = [value.shape[0] for name, value in head.items() if name.endswith("weight")]
         loss = build_loss(config.loss, chosen.embedding_size, max(rows, default=1), config.data.utterances_per_speaker)
         loss.load_state_dict(head)
-    return to_legacy(model, loss), config
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="spknet export", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
-    parser.add_argument("--to", required=True, choices=["voxceleb_trainer"])
-    parser.add_argument("--out", required=True, help="file to write")
-    parser.add_argument("--weights", choices=CHOICES, help="of a run that averages (default: averaged)")
-    chosen = parser.parse_args(argv)
-    try:
-        state, config = voxceleb_trainer(chosen.checkpoint, chosen.weights)
-    except (CheckpointError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    with atomic_write(chosen.out) as file:
-        torch.save(state, file)
-    m = config.model
-    version = "newer (samples in [-1, 1])" if m.input_scale == "unit" else "2020 (16-bit samples)"
-    flags = f"--model {m.name} --encoder_type {m.encoder} --nOut {m.embedding_size} --n_mels {m.n_mels}"
-    print(f"{chosen.out}: for voxceleb_trainer {version}, {flags} --log_input {m.log_input}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))
+    with atomic_write(out) as file:
+        torch.save(to_legacy(model, loss), file)
+    version = "newer (samples in [-1, 1])" if chosen.input_scale == "unit" else "2020 (16-bit samples)"
+    flags = (
+        f"--model {chosen.name} --encoder_type {chosen.encoder} --nOut {chosen.embedding_size} --n_mels {chosen.n_mels}"
+    )
+    return f"{out}: for voxceleb_trainer {version}, {flags} --log_input {chosen.log_input}"

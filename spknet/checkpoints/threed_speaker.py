@@ -37,10 +37,9 @@ def recognize(state: Any, path: Path) -> Found | None:
         return None
     if model.name == "ERes2NetV2":
         return Found("3D-Speaker's ERes2NetV2", model, weights)
-    if model.variant == "speechbrain" and theirs:
-        return Found(f"3D-Speaker's {model.name}", model, weights, FEATURES)
-    guess = model.name == "CAM++" or bool(model.two_emb_layer)
-    if not (guess or theirs and model.name.startswith("ResNet")) or model.variant == "speechbrain":
+    if model.variant == "speechbrain":  # ECAPA-TDNN
+        return Found(f"3D-Speaker's {model.name}", model, weights, FEATURES) if theirs else None
+    if not (model.name == "CAM++" or model.two_emb_layer or theirs and model.name.startswith("ResNet")):
         return None
     notes = [] if theirs else ["it has no configuration beside it and no head, so it is taken for 3D-Speaker's"]
     return Found(f"3D-Speaker's {model.name}", replace(model, variant="3dspeaker"), weights, notes=notes)

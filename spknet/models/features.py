@@ -51,6 +51,16 @@ def pre_emphasis(waves: Tensor, taps: Tensor) -> Tensor:
     return taps[0] * previous + taps[1] * waves
 
 
+def at_least(x: Tensor, fewest: int, dim: int) -> Tensor:
+    """The same, or along `dim` over and over from its start until there are `fewest`."""
+    n = x.shape[dim]
+    if not torch.compiler.is_exporting() and n >= fewest:  # an exported graph is for every length: no branch on n
+        return x
+    times = [1] * x.ndim
+    times[dim] = torch.sym_max(1, (fewest + n - 1) // n)
+    return x.repeat(times).narrow(dim, 0, torch.sym_max(n, fewest))
+
+
 def reflected(waves: Tensor, side: int) -> Tensor:
     """The wave with `side` samples mirrored at both ends: (batch, samples) -> (batch, samples + 2 side)."""
     if not torch.compiler.is_exporting() and waves.shape[1] <= side:
@@ -69,8 +79,18 @@ def in_pieces(function: Callable[[Tensor], Tensor], waves: Tensor, hop: int) -> 
 
 def power_spectrum(frames: Tensor, window: Tensor, n_fft: int) -> Tensor:
     """|DFT|^2 of windowed frames: (batch, frames, length) -> (batch, frames, n_fft / 2 + 1)."""
+    if torch.compiler.is_exporting():  # a sum of products, which every runtime computes alike, in place of an FFT
+        real, imaginary = (frames * window @ table for table in dft(frames.shape[2], n_fft, window))
+        return real.square() + imaginary.square()
     parts = torch.view_as_real(torch.fft.rfft(frames * window, n_fft)).square_()
     return parts[..., 0] + parts[..., 1]  # a sum over an axis of 2 takes five times as long
+
+
+def dft(length: int, n_fft: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2 pi k t / n_fft: (length, n_fft / 2 + 1) each."""
+    turns = torch.arange(length)[:, None] * torch.arange(n_fft // 2 + 1) % n_fft
+    angles = 2 * math.pi / n_fft * turns.double()
+    return angles.cos().to(like), angles.sin().to(like)
 
 
 def spans_of(filters: Tensor) -> list[tuple[int, int, int, int]]:

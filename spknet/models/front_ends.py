@@ -35,6 +35,7 @@ from spknet.models.features import (
     PRE_EMPHASIS,
     Spectrum,
     apply_masks,
+    at_least,
     in_pieces,
     mel_energies,
     mel_filters,
@@ -123,9 +124,7 @@ class FrontEnd(nn.Module):
     @torch.no_grad()
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
         with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
-            waves = waves.to(self.window.dtype)
-            if waves.shape[1] < self.length:
-                waves = waves.repeat(1, -(-self.length // waves.shape[1]))[:, : self.length]
+            waves = at_least(waves.to(self.window.dtype), self.length, dim=1)
             self.spans = spans_of(self.filters)
             return apply_masks(in_pieces(self.centred, waves, self.hop), masks)
 

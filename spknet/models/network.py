@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
-from spknet.models.features import apply_masks
+from spknet.models.features import apply_masks, at_least
 from spknet.models.front_ends import build_features
 from spknet.models.pooling import POOLINGS, fewest_frames
 
@@ -104,7 +104,7 @@ class Network(nn.Module):
                 f"{type(self).__name__} normalises over the batch after pooling, so it trains on at least two utterances at"
                 " once, found one; raise --data.speakers_per_batch or --train.chunk"
             )
-        x = repeat_frames(features, self.fewest_frames).mT
+        x = at_least(features, self.fewest_frames, dim=1).mT
         x = self.frames(x) if lengths is None else self.frames(x, lengths)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             x = x.to(next(self.parameters()).dtype)
@@ -124,12 +124,6 @@ class Network(nn.Module):
             ones = (1,) * (value.dim() - own[key].dim()) if key in own else ()
             renamed[key] = value.reshape(own[key].shape) if ones and value.shape == own[key].shape + ones else value
         return renamed
-
-
-def repeat_frames(features: Tensor, fewest: int) -> Tensor:
-    """(batch, frames, bands) -> the same, or its frames over and over until there are `fewest`."""
-    n = features.shape[1]
-    return features if n >= fewest else features.repeat(1, -(-fewest // n), 1)[:, :fewest]
 
 
 def _ranks() -> int:

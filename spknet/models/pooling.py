@@ -23,6 +23,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from spknet.models.features import at_least
+
 # Names, and how many outputs each makes of a channel.
 POOLINGS = {"SAP": 1, "TAP": 1, "MAX": 1, "ASP": 2, "TSTP": 2, "TSDP": 1, "ASTP": 2, "ASTP-GLOB": 2, "MQMHA": 4}
 QUERIES = 2  # of MQMHA: two outputs each
@@ -190,8 +192,7 @@ class Head(nn.Module):
         self.fc = nn.Linear(channels, embedding_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] < self.fewest:
-            x = x.repeat(1, 1, self.fewest)
+        x = at_least(x, self.fewest, dim=2)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return self.fc(self.encoder(x.to(self.fc.weight.dtype)))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,9 +56,46 @@ class Gate(nn.Module):
         self.squeeze = nn.Linear(channels, max(1, channels // 8))
         self.excite = nn.Linear(max(1, channels // 8), channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate = self.excite(self.squeeze(x.mean(dim=(2, 3))).relu()).sigmoid()
-        return x * gate[:, :, None, None]
+    def of(self, means: Tensor) -> Tensor:
+        """Means over bands and frames -> factors: both (batch, channels)."""
+        return self.excite(self.squeeze(means).relu()).sigmoid()
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """relu(x * gate + shortcut)."""
+        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if eager_cpu and torch.is_grad_enabled() and x.dtype == shortcut.dtype:
+            return _GatedSum.apply(x, shortcut, self, *self.parameters())
+        return (x * self.of(x.mean(dim=(2, 3)))[:, :, None, None] + shortcut).relu_()
+
+
+class _GatedSum(torch.autograd.Function):
+    """relu(x * gate(mean of x) + shortcut) with half of autograd's passes over memory, which is what a CPU waits for: the sum
+    and the ReLU are made in place, and both parts of dx, through the product and through the mean, are written at once."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, shortcut: Tensor, gate: Gate, *parameters: Tensor) -> Tensor:
+        with torch.enable_grad():
+            means = x.mean(dim=(2, 3)).detach().requires_grad_()
+            factors = gate.of(means)
+        ctx.gate = means, factors, parameters
+        y = x * factors.detach().to(x.dtype)[:, :, None, None]
+        y = y.add_(shortcut).relu_()
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, y = ctx.saved_tensors
+        means, factors, parameters = ctx.gate  # a graph of its own, small
+        dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        dfactors = (dy * x).sum(dim=(2, 3))
+        learns = [value for value in (means, *parameters) if value.requires_grad]
+        dmeans, *rest = torch.autograd.grad(factors, learns, dfactors.to(factors.dtype))
+        rest = iter(rest)
+        gradients = [next(rest) if value.requires_grad else None for value in parameters]
+        share = (dmeans / (x.shape[2] * x.shape[3])).to(x.dtype)[:, :, None, None]
+        dx = torch.addcmul(share, dy, factors.detach().to(x.dtype)[:, :, None, None])
+        return dx, dy, None, *gradients
 
 
 class Block(nn.Module):
@@ -73,9 +111,8 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(self.conv1(x).relu())
-        y = self.gate(self.norm2(self.conv2(y)))
-        return (y + self.shortcut(x)).relu()
+        y = self.norm1(self.conv1(x).relu_())
+        return self.gate(self.norm2(self.conv2(y)), self.shortcut(x))
 
 
 class ResNetSE(nn.Module):
@@ -117,7 +154,7 @@ class ResNetSE(nn.Module):
 
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
         x = self.stem(self.features(waves, masks)[:, None])  # (batch, channels, bands, frames)
-        x = self.norm(x.relu()) if self.layout.relu_first else self.norm(x).relu()
+        x = self.norm(x.relu_()) if self.layout.relu_first else self.norm(x).relu_()
         if self.layout.max_pool:
             x = F.max_pool2d(x, 3, stride=(2, 1), padding=1)
         x = self.stages(x)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
+from spknet.models.features import at_least
 from spknet.models.front_ends import build_features
 from spknet.models.pooling import POOLINGS, build_head
 
@@ -57,7 +58,6 @@ class VGGVox(nn.Module):
 
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
         shortest = (self.fewest_frames - 1) * self.features.hop
-        if waves.shape[1] < shortest:
-            waves = waves.repeat(1, -(-shortest // waves.shape[1]))[:, :shortest]
+        waves = at_least(waves, shortest, dim=1)
         x = self.layers(self.features(waves, masks)[:, None])  # (batch, channels, 1, frames)
         return self.head(x[:, :, 0])

@@ -182,7 +182,7 @@ def set_aside(owner: Owner, keep: Path | None = None) -> list[str]:
     if not paths:
         return []
     if keep is None:
-        logs = [folder / name for name in ("metrics.jsonl", "tensorboard", "eval", "profile")]
+        logs = [folder / name for name in ("metrics.jsonl", "tensorboard", "eval", "profile", "card.json", "card.md")]
         paths += [path for path in logs if path.exists()]
     aside = _unused(folder, "before-")
     for path in paths:

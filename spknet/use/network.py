@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from spknet.checkpoints import card as cards
-from spknet.checkpoints.card import Card, CardError
+from spknet.checkpoints.card import Card
 from spknet.checkpoints.network import load_network
 from spknet.config import Config
 from spknet.errors import UserError
@@ -38,6 +38,7 @@ from spknet.use import verdict
 from spknet.use.audio import Heard, narrow, open_audio, pieces
 from spknet.use.verdict import Verdict
 
+GPU_WORKERS = 8  # threads that decode and embed beside each other on a GPU, each with a recording's maps in its memory
 Audio = Any  # str, os.PathLike, numpy array or torch tensor
 
 
@@ -109,7 +110,7 @@ class Network:
         threads = torch.get_num_threads()
         # A worker's number of threads is its own, but torch remembers the last one that was set for threads to come.
         alone = None if self.device.type != "cpu" else lambda: torch.set_num_threads(1)
-        workers = threads if alone else len(os.sched_getaffinity(0))
+        workers = threads if alone else min(GPU_WORKERS, len(os.sched_getaffinity(0)))
         try:
             with ThreadPoolExecutor(min(workers, len(jobs)), initializer=alone) as pool:
                 yield from pool.map(lambda job: self._hear(*job), jobs)
@@ -183,6 +184,3 @@ def mean_voice(vectors: list[np.ndarray]) -> np.ndarray:
 def cosine(left: np.ndarray, right: np.ndarray) -> float:
     """Inner product of unit vectors (D,), in float64."""
     return float(np.dot(left.astype(np.float64), right.astype(np.float64)))
-
-
-__all__ = ["Card", "CardError", "Network", "Report", "System", "Verdict", "load"]

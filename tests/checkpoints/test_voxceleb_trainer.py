@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from spknet import cli
 from spknet import config as configuration
-from spknet.checkpoints import export
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints import voxceleb_trainer as legacy_state
 from spknet.checkpoints.file import CheckpointError
@@ -363,8 +363,7 @@ def test_a_checkpoint_of_spknet_starts_a_run_and_its_head_finds_the_speakers(tmp
 def test_export_writes_what_voxceleb_trainer_reads(tmp_path, capsys):
     config = ModelConfig(embedding_size=16)
     model, loss = own_checkpoint(tmp_path / "a.pt", config, LossConfig(name="amsoftmax"), ["ann", "bob"])
-    arguments = ["--checkpoint", str(tmp_path / "a.pt"), "--to", "voxceleb_trainer", "--out", str(tmp_path / "a.model")]
-    assert export.main(arguments) == 0
+    assert cli.main(["export", str(tmp_path / "a.pt"), str(tmp_path / "a.model")]) == 0
     assert "--model ResNetSE34L --encoder_type SAP --nOut 16" in capsys.readouterr().out
     state = torch.load(tmp_path / "a.model", weights_only=True)
     assert torch.equal(state["__S__.layer1.0.conv1.weight"], model.stages[0][0].conv1.weight)
@@ -383,8 +382,7 @@ def test_export_writes_what_voxceleb_trainer_reads(tmp_path, capsys):
 )
 def test_export_refuses_what_voxceleb_trainer_has_not(config, message, tmp_path, capsys):
     own_checkpoint(tmp_path / "a.pt", config, LossConfig(), ["ann"])
-    arguments = ["--checkpoint", str(tmp_path / "a.pt"), "--to", "voxceleb_trainer", "--out", str(tmp_path / "b")]
-    assert export.main(arguments) == 2
+    assert cli.main(["export", str(tmp_path / "a.pt"), str(tmp_path / "b"), "--to", "voxceleb_trainer"]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 

@@ -16,6 +16,7 @@ from spknet.models import MODELS, build_model
 from spknet.models import describe as info
 from spknet.models.features import Spectrum, apply_masks
 from spknet.models.pooling import ChannelAttention, Maximum, Mean, SelfAttention
+from spknet.models.resnet_se import Gate
 from spknet.options import RECIPES, parse
 
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
@@ -318,6 +319,32 @@ def test_recipes_of_the_papers_grid_build():
             build_loss(c.loss, c.model.embedding_size, 10, c.data.utterances_per_speaker)
     balanced = parse(["--config", "balanced"])
     assert (balanced.data.speakers_per_batch, balanced.data.utterances_per_speaker) == (384, 2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gated_sum_has_the_value_and_gradients_of_its_formula(layout, frozen):
+    gate = Gate(16).double()
+    gate.squeeze.requires_grad_(not frozen)
+    generator = torch.Generator().manual_seed(0)
+    x, shortcut, dy = (
+        torch.randn(3, 16, 5, 4, dtype=torch.float64, generator=generator).contiguous(memory_format=layout)
+        for _ in range(3)
+    )
+    found = []
+    for formula in (False, True):
+        leaves = [value.clone(memory_format=torch.preserve_format).requires_grad_() for value in (x, shortcut)]
+        if formula:
+            factors = torch.sigmoid(gate.excite(torch.relu(gate.squeeze(leaves[0].mean(dim=(2, 3))))))
+            y = torch.relu(leaves[0] * factors[:, :, None, None] + leaves[1])
+        else:
+            y = gate(*leaves)
+        wanted = [*leaves, *(p for p in gate.parameters() if p.requires_grad)]
+        found.append([y, *torch.autograd.grad(y, wanted, dy)])
+    for ours, expected in zip(*found):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(gate(x, shortcut), found[0][0])
 
 
 def test_a_batch_norm_of_the_features_keeps_the_mean_spectrum_and_masks_what_is_normal():

@@ -161,6 +161,7 @@ def official(kind: str, folder):
     return folder, ["--model.name", "ECAPA-512"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wespeaker", "resemblyzer"])
 def test_a_run_starts_from_other_projects_files(kind, speech, shared, tmp_path, capfd):
     path, options = official(kind, tmp_path)

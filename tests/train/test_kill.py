@@ -47,7 +47,7 @@ def start(words, die_at_write=None):
 
 
 def trace(folder):
-    return [[line[key] for key in KEYS] for line in read_metrics(folder / "metrics.jsonl")]
+    return [[line[key] for key in KEYS] for line in read_metrics(folder / "metrics.jsonl") if "eval" not in line]
 
 
 def weights(folder, step):

@@ -1,6 +1,6 @@
 """Kills and signals in every phase of a run under torchrun, of every kind of process: it goes on to the same bits.
 
-SPKNET_KILLS=30 python -m pytest -s tests/train/test_phases.py       20 SIGKILLs and 10 SIGTERMs; the suite makes four
+SPKNET_KILLS=30 python -m pytest -s --timeout 3600 tests/train/test_phases.py       the suite makes three
 """
 
 import contextlib
@@ -119,8 +119,7 @@ def interrupt(life: Life, phase: str, kind: str, number: int, after: float) -> b
 
 @pytest.mark.slow
 def test_kills_and_signals_in_every_phase_and_of_every_process_continue_to_the_same_bits(options, corpus, tmp_path):
-    kills = max(4, KILLS)
-    steps = EPOCH * (2 + kills // 2)
+    steps = EPOCH * (2 + KILLS // 2)
     words = [*options, "--data.workers", "2", "--train.max_steps", str(steps), "--train.save_every_steps", "4"]
     words += ["--eval.trials", f"{corpus}/test_list.txt", "--eval.root", str(corpus), "--log.tensorboard", "true"]
     words += ["--eval.every_epochs", str(EPOCH / 3), "--train.keep_checkpoints", "0", "--train.timeout_seconds", "60"]
@@ -129,7 +128,7 @@ def test_kills_and_signals_in_every_phase_and_of_every_process_continue_to_the_s
     generator = random.Random(SEED)
     plan = list(itertools.product(PHASES, VICTIMS))
     generator.shuffle(plan)
-    for count, (phase, kind) in zip(range(kills), itertools.cycle(plan)):
+    for count, (phase, kind) in zip(range(KILLS), itertools.cycle(plan)):
         number = signal.SIGTERM if count % 3 == 2 and kind != "loader" else signal.SIGKILL  # loaders ignore SIGTERM
         life = Life(words, run)
         hit = interrupt(life, phase, kind, number, 0 if phase == "saving" else generator.uniform(0, 0.5))

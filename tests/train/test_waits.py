@@ -16,7 +16,10 @@ READS = {T.item, T.tolist, T.cpu, T.numpy, T.__bool__, T.__int__, T.__float__, T
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.", "bincount", "one_hot")
 
 # Functions of others and of ours that read tensors which are on the CPU whatever the device is (tests/models/test_gpu.py).
-ON_THE_CPU = {"_apply_sinc_resample_kernel"}  # torchaudio: the length of what it has resampled
+ON_THE_CPU = {
+    "_apply_sinc_resample_kernel",  # torchaudio: the length of what it has resampled
+    "spans_of",  # filters of a network that is on the CPU, and only of such
+}
 
 
 class Reads(TorchFunctionMode):
