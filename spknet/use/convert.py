@@ -27,6 +27,7 @@ def convert(path: str | Path, out: str | Path, weights: str | None = None) -> st
         raise UserError(f"{out}: the file to hand on is a safetensors file; give a name that ends in .safetensors")
     network = load(path, "cpu", weights)
     card = to_dict(network.card) if network.card else None
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     portable.save(out, network.model, network.config, network.meta | {"card": card})
     size = sum(p.numel() for p in network.model.parameters())
     source = f", from {network.meta['kind']}" if "kind" in network.meta else ""

@@ -109,8 +109,8 @@ def test_the_card_of_these_weights_goes_along_and_another_s_does_not(tmp_path, c
 def test_a_file_converted_again_keeps_where_it_came_from(tmp_path):
     run_of(tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "a.safetensors")
-    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    convert(tmp_path / "a.safetensors", tmp_path / "new" / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "new" / "b.safetensors").read_bytes()
 
 
 def test_it_embeds_as_what_it_was_made_of(tmp_path):

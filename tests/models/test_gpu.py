@@ -25,7 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.fixture(scope="module")
 def fake():
     """The mode in which tensors are fake; one for all tests, since tables are kept from call to call."""
-    yield FakeTensorMode()
+    with torch.backends.cudnn.flags(enabled=False):  # its LSTM would look for the driver
+        yield FakeTensorMode()
     for table in (channel.resampler, channel._band_kernel, channel._g711_table):
         table.cache_clear()
     gc.collect()
@@ -34,12 +35,10 @@ def fake():
 def on_gpu(module: nn.Module) -> nn.Module:
     """module.cuda() for fake tensors: what it moves, and nothing else."""
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = nn.Parameter(parameter.detach().to("cuda"), parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = buffer.to("cuda")
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.detach().to("cuda"), parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to("cuda"))
     return module
 
 
