@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spknet.use.onnx_file import OnnxNetwork
+from spknet.use.onnx_file import SCOPES, OnnxNetwork
 
 SPEED_SECONDS, SPEED_ROUNDS = 4.0, 7
 
@@ -29,8 +29,9 @@ def quantized(file: bytes, waves: list[np.ndarray]) -> dict[str, bytes]:
     from onnxruntime import quantization
 
     model = _fused(onnx.load_from_string(file))
-    # A module's name stands in what the exporter writes about each node.
-    features = [n.name for n in model.graph.node if any("'features'" in p.value for p in n.metadata_props)]
+    features = [
+        n.name for n in model.graph.node if any(p.key == SCOPES and "'features'" in p.value for p in n.metadata_props)
+    ]
     kinds = {"per_channel": True, "nodes_to_exclude": features, "op_types_to_quantize": ["Conv", "MatMul", "Gemm"]}
     made = {}
     logging.disable(logging.WARNING)  # of its advice to prepare the file, which has been followed

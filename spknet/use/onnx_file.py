@@ -27,6 +27,7 @@ SECONDS = (0.5, 2.0, 7.3, 30.0)  # lengths that are checked
 LEAST_COSINE, LARGEST_DIFFERENCE = 0.99999, 1e-4  # the latter over the norm
 # An example that no stride divides: torch.export takes "32000 is a multiple of 10" for a condition, and then cannot solve it.
 EXAMPLE = (2, 32017)
+SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's name for a node's module: ['', 'features', ...]
 TABLE = 2**23  # bytes of a constant that is computed beforehand
 INSTALL = "pip install 'spknet[onnx]'"
 
@@ -71,6 +72,12 @@ def to_onnx(program: torch.export.ExportedProgram, about: dict[str, str]) -> byt
     # Up to the tables of the DFT, which else would be computed for each utterance.
     optimizer.fold_constants(made.model, input_size_limit=TABLE, output_size_limit=TABLE)
     optimizer.remove_unused_nodes(made.model)
+    for (
+        node
+    ) in made.model.graph:  # the module that a node is of stays, the lines of code with this machine's paths do not
+        scopes = node.metadata_props.get(SCOPES, "")
+        node.metadata_props.clear()
+        node.metadata_props[SCOPES] = scopes
     made.model.metadata_props.update(about)
     return made.model_proto.SerializeToString()
 
