@@ -226,11 +226,14 @@ def end_processes(processes: list) -> None:
 
 
 def of_loader(error: BaseException, workers: int) -> Exception | None:
-    """What a RuntimeError of torch's says of a loader process that ended; None for any other error.
+    """What an error says of a loader process that ended; None for any other error.
 
-    torch raises it wherever the main thread happens to be when the process ends.
+    torch raises a RuntimeError wherever the main thread happens to be when the process ends; a batch that is just being
+    handed over breaks off with the connection.
     """
     said = " ".join(str(error).split())
+    if workers and isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)):
+        return LoaderLost(f"a loader process is gone ({said}); the run continues from its newest checkpoint")
     if not isinstance(error, RuntimeError) or "DataLoader worker" not in said:
         return None
     if "Bus error" in said or "shared memory" in said:

@@ -8,7 +8,8 @@ What is not in the sample does not move. The optimizer sees, for this step, a co
 momentum and Adam's averages of other rows stand still (dense gradients with zeros, as partial FC v2 has them, would go on
 moving them), and no gradient of other rows takes memory. Adam's count of steps is that of the piece. Weight decay is made up
 for when a row is next in a sample: after k steps without it, its weights are first multiplied by (1 - lr decay)^k, with the
-rate of the step that makes up; cosines do not change by it.
+rate of the step that makes up; cosines do not change by it. The rows are chosen on the host, which
+waits once a step for the labels of the global batch: the one wait that is left in a step (tests/train/test_waits.py).
 
     head = build_loss(LossConfig(name="aamsoftmax", sharded=True, sample=0.1), 192, 5_000_000, 2)
     with head.updating(optimizer) as moved: ...; optimizer.step()

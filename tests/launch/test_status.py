@@ -80,7 +80,7 @@ def test_ends_are_told_apart_by_slurms_own_word(tmp_path, word, expected, reason
 def test_rank_killed_by_the_kernel_is_named_with_its_signal(tmp_path):
     write_run(tmp_path, "running", [50])
     log = tmp_path / "log.err"
-    log.write_text("  exitcode  : -9 (pid: 77)\n")
+    log.write_text("failed (exitcode: -9) local_rank: 0 (pid: 77) of binary: python\n")
     note_job(tmp_path, "12", log=log, age=60)
     assert (
         "a rank was killed by signal 9 (often: out of memory)" in status.run_status(tmp_path, {"12": "FAILED|"}).reason

@@ -165,6 +165,13 @@ def test_a_loader_that_is_killed_from_outside_asks_for_a_requeue(options, tmp_pa
     assert read_state(tmp_path)["state"] == "requeue"
 
 
+def test_a_loader_killed_while_it_hands_a_batch_over_is_lost_too():
+    from spknet.data.batches import LoaderLost, of_loader
+
+    error = ConnectionResetError(104, "Connection reset by peer")
+    assert isinstance(of_loader(error, 2), LoaderLost) and of_loader(error, 0) is None
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_an_error_of_the_loader_is_told_in_its_own_words_and_ends_the_run(workers, options, corpus, tmp_path, capfd):
     import shutil
