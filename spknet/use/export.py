@@ -118,8 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spknet export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="run folder or checkpoint file")
-    parser.add_argument("out", help="file to write; .onnx, .pt2 or .model says the format")
+    parser.add_argument("checkpoint", nargs="?", help="run folder or checkpoint file")
+    parser.add_argument("out", nargs="?", help="file to write; .onnx, .pt2 or .model says the format")
+    for name in ("checkpoint", "out"):  # the former words
+        parser.add_argument(f"--{name}", dest=f"former_{name}", help=argparse.SUPPRESS)
     parser.add_argument("--to", choices=sorted(FORMATS.values()), help="the format, where OUT does not say it")
     parser.add_argument("--weights", choices=CHOICES, help="of a run that averages (default: averaged)")
     parser.add_argument("--int8", metavar="LIST", help="quantise an ONNX file, too; utterances to learn the ranges on")
@@ -133,6 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = _parser()
     chosen = parser.parse_args(argv)
+    chosen.checkpoint, chosen.out = chosen.former_checkpoint or chosen.checkpoint, chosen.former_out or chosen.out
+    if not (chosen.checkpoint and chosen.out):
+        parser.error("expected CHECKPOINT and OUT: the network, and the file to write")
     kind = chosen.to or FORMATS.get(Path(chosen.out).suffix)
     if kind is None:
         parser.error(f"{chosen.out}: expected a name in {', '.join(FORMATS)}, or --to FORMAT")

@@ -360,10 +360,11 @@ def test_a_checkpoint_of_spknet_starts_a_run_and_its_head_finds_the_speakers(tmp
         load_initial(task, str(tmp_path), corpus)
 
 
-def test_export_writes_what_voxceleb_trainer_reads(tmp_path, capsys):
+@pytest.mark.parametrize("words", ["{a} {b}", "--checkpoint {a} --to voxceleb_trainer --out {b}"])  # and the former
+def test_export_writes_what_voxceleb_trainer_reads(words, tmp_path, capsys):
     config = ModelConfig(embedding_size=16)
     model, loss = own_checkpoint(tmp_path / "a.pt", config, LossConfig(name="amsoftmax"), ["ann", "bob"])
-    assert cli.main(["export", str(tmp_path / "a.pt"), str(tmp_path / "a.model")]) == 0
+    assert cli.main(["export", *words.format(a=tmp_path / "a.pt", b=tmp_path / "a.model").split()]) == 0
     assert "--model ResNetSE34L --encoder_type SAP --nOut 16" in capsys.readouterr().out
     state = torch.load(tmp_path / "a.model", weights_only=True)
     assert torch.equal(state["__S__.layer1.0.conv1.weight"], model.stages[0][0].conv1.weight)

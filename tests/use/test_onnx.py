@@ -151,6 +151,7 @@ def test_the_command_writes_a_pt2(checkpoint, capsys):
 def test_what_does_not_fit_is_said(checkpoint, capsys, monkeypatch):
     path = str(checkpoint[0])
     for words, said in {
+        "": "expected CHECKPOINT and OUT",
         "a.tflite": "expected a name in .onnx, .pt2, .model, or --to FORMAT",
         "a.pt2 --int8 list": "--int8 and --trials are for ONNX; a.pt2 is for pt2",
         "a.onnx --trials list": "--trials compares float with int8: give --int8 LIST, too",
