@@ -59,16 +59,16 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
-    """What a run asks of the cluster: shared by launch.submit and launch.sweep."""
+    """What a run asks of the cluster: shared by `spknet submit` and `spknet sweep`."""
     add = parser.add_argument
     add("--executor", choices=["slurm", "local", "debug"], default="slurm", help="debug: in this process, in front")
-    add("--nodes", type=positive, default=1)
+    add("--nodes", type=positive, default=1, help="machines of a run (1)")
     add("--gpus-per-node", type=natural, default=0, help="GPUs asked for on each node")
     add("--ranks-per-node", type=positive, help="training processes on each node (one a GPU; 1 without GPUs)")
     add("--cpus-per-rank", type=positive, help="CPUs asked for, for each rank (data.workers + 1)")
     add("--mem-gb", type=float, help="memory of a node")
-    add("--partition")
-    add("--account")
+    add("--partition", help="SLURM's queue (the cluster's default)")
+    add("--account", help="whom SLURM charges (the user's default)")
     add("--hours", type=float, default=24.0, help="time limit of a job (24); the run goes on in the next one")
     add("--signal-delay", type=positive, default=180, metavar="SECONDS", help="warning before the time limit (180)")
     add("--max-restarts", type=natural, default=1, help="of torchrun, before the job is requeued (1)")

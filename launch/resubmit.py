@@ -2,7 +2,7 @@
 
     spknet resubmit runs/a [--hours 48 ...]        spknet resubmit runs/my_sweep
 
-Cluster options given here beat those of the first submission. A run goes on from its newest checkpoint.
+Cluster options (`spknet submit --help`) given here beat those of the first submission. A run goes on from its newest checkpoint.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The results of a sweep: error rates of every setting, as mean and standard deviation over seeds.
 
-    python -m launch.results runs/my_sweep [--format text|csv|markdown] [--picture eer.png] [--tensorboard]
+    spknet results runs/my_sweep [--format text|csv|markdown] [--picture eer.png] [--tensorboard]
 
 Runs that differ in `train.seed` only are one row. The figures are those of each run's last evaluation; with `--choose best`
 of the one with the lowest EER on the development list (eval.dev_trials), never of the test list. `--metrics eer LIST:eer`
@@ -44,12 +44,12 @@ class Row:
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0; 1 where no run has an evaluation yet; 2 for a folder without runs (StatusError)."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="spknet results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a sweep's folder, or one with runs in it")
-    parser.add_argument("--format", choices=["text", "csv", "markdown"], default="text")
+    parser.add_argument("--format", choices=["text", "csv", "markdown"], default="text", help="of the table (text)")
     parser.add_argument("--metrics", nargs="+", default=list(METRICS), help="names in metrics.jsonl's `eval`")
-    parser.add_argument("--choose", choices=["last", "best"], default="last", help="which evaluation of a run")
+    parser.add_argument("--choose", choices=["last", "best"], default="last", help="which evaluation of a run (last)")
     parser.add_argument("--picture", type=Path, help="PNG with the first metric of every row and seed")
     parser.add_argument("--tensorboard", action="store_true", help="write SWEEP/hparams for TensorBoard")
     options = parser.parse_args(argv)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, why in left_out.items():
         print(f"left out: {name} ({why})", file=sys.stderr)
     if not figures:
-        print("launch.results: no run has finished with an evaluation yet", file=sys.stderr)
+        print("error: no run has finished with an evaluation yet", file=sys.stderr)
         return 1
     rows = group(runs, figures, options.metrics)
     print(FORMATS[options.format](table(rows, options.metrics)), end="")

@@ -1,6 +1,6 @@
 """What the runs of a sweep, or one run, are doing: RUN/state.json and metrics.jsonl together with what SLURM knows.
 
-python -m launch.status runs/my_sweep [--watch [SECONDS]]
+spknet status runs/my_sweep [--watch [SECONDS]]
 
 queued     submitted, not started             done      the last step is trained and evaluated
 running    training now                       failed    an error of the run, or its job ended without a word
@@ -56,7 +56,7 @@ class Status:
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0; 1 where a run failed; 2 for a folder without runs (StatusError)."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="spknet status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a sweep's folder or a run's")
     parser.add_argument(

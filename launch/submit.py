@@ -1,7 +1,7 @@
 """Submit one run: to SLURM through submitit, or to this machine.
 
-    python -m launch.submit --nodes 4 --gpus-per-node 8 --partition gpu --hours 48 -- --config RECIPE --run_dir runs/a ...
-    python -m launch.submit --executor local --ranks-per-node 2 -- --config RECIPE --run_dir runs/a
+    spknet submit --nodes 4 --gpus-per-node 8 --partition gpu --hours 48 -- --config RECIPE --run_dir runs/a ...
+    spknet submit --executor local --ranks-per-node 2 -- --config RECIPE --run_dir runs/a
 
 What can be checked is checked here, before anything is queued (launch/checks.py); `--dry-run` stops after that. What is the same for
 every run may stand in ~/.config/spknet/cluster.yaml (launch/cluster.py).
@@ -52,11 +52,11 @@ def main(argv: list[str] | None = None) -> int:
             queued = submit([task], options, run_dir / "jobs", config.data.workers)
         evaluation = submit_evaluation(queued, [task], options, run_dir / "jobs")
     except cluster.UserError as error:
-        print(f"launch.submit: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     job = queued[0]
     print(f"run   {run_dir}\njob   {job.job_id}{evaluation}\nlogs  {job.paths.stderr} (.out beside it)")
-    print(f"state python -m launch.status {shlex.quote(str(run_dir))}")
+    print(f"state spknet status {shlex.quote(str(run_dir))}")
     return wait_in_process(queued) if options.executor == "debug" else 0
 
 
@@ -204,7 +204,7 @@ def wait_in_process(queued: list) -> int:
         os.environ["SUBMITIT_DEBUG_JOB_ID"] = job.job_id
         error = job.exception()
         if error is not None:
-            print(f"launch.submit: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             return 1
     return 0
 

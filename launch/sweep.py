@@ -1,11 +1,11 @@
 """A sweep: many runs that differ in a few options, as one SLURM array, at most K at once.
 
-    python -m launch.sweep SWEEP.yaml [--dir runs/NAME] [--at-once K] [--dry-run] [--nodes ... as launch.submit]
+    spknet sweep SWEEP.yaml [--dir runs/NAME] [--at-once K] [--dry-run] [--nodes ... as spknet submit]
                            [-- --data.train_shards data/shards/a ... options of every run]
 
     recipe: fast_resnet34_angleproto         a recipe's name or a YAML file; as an axis: recipe.WHAT
     options: {data.train_shards: data/shards/a}   options of every run
-    cluster: {gpus-per-node: 4, hours: 24}   as launch.submit's; the command line beats them
+    cluster: {gpus-per-node: 4, hours: 24}   as spknet submit's; the command line beats them
     at-once: 8
     grid:                                    every combination of the axes ...
       train.seed: [0, 1, 2]
@@ -58,7 +58,7 @@ class Run:
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0; 2 for a sweep that cannot be submitted."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="spknet sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweep", help="a YAML file, or the name of an installed sweep")
     parser.add_argument("--dir", type=Path, help="folder of the sweep (runs/NAME OF THE FILE)")
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         command = {"own": list(own), "common": common, "cwd": os.getcwd()}
         return _go(plan(sweep, common), folder.absolute(), options, command)
     except UserError as error:
-        print(f"launch.sweep: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 
@@ -112,8 +112,8 @@ def _go(runs: list[Run], folder: Path, options: argparse.Namespace, command: dic
         jobs = queue(tasks, options, folder, max(config.data.workers for config in configs.values()))
     number = jobs[0].job_id.split("_")[0]
     print(f"{len(wanted)} of {len(runs)} runs submitted, {options.at_once} at once: job {number}")
-    print(f"state   python -m launch.status {shlex.quote(str(folder))} --watch")
-    print(f"results python -m launch.results {shlex.quote(str(folder))}")
+    print(f"state   spknet status {shlex.quote(str(folder))} --watch")
+    print(f"results spknet results {shlex.quote(str(folder))}")
     return 0
 
 

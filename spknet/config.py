@@ -47,7 +47,7 @@ def option(default: Any, about: str, **bounds: float):
 class DataConfig:
     """Where the training data lie, and what a batch is."""
 
-    train_shards: str | list[str] | None = option(None, "packed data set (folder made by shards.pack), or several")
+    train_shards: str | list[str] | None = option(None, "packed data set (folder made by spknet pack), or several")
     train_list: str | None = option(None, "loose files instead: lines `speaker path`")
     train_root: str | None = option(None, "folder that the paths in train_list start from")
     sample_rate: int | None = option(
@@ -126,7 +126,7 @@ class ModelConfig:
     """The network."""
 
     name: str = option("ResNetSE34L", "network; `spknet info` lists them")
-    encoder: str | None = option(None, "pooling over time, a key of spknet.models.pooling.POOLINGS; null: as published")
+    encoder: str | None = option(None, "pooling over time (docs/variants.md lists them); null: as published")
     embedding_size: int | None = option(None, "dimensions of an embedding; null: as published", ge=1)
     n_mels: int | None = option(None, "mel bands of the features; null: as published", ge=1, le=1024)
     log_input: bool = option(True, "logarithm of the mel energies")
@@ -176,7 +176,7 @@ class FeaturesConfig:
 class LossConfig:
     """What is minimised."""
 
-    name: str = option("angleproto", "loss; docs/extending.md says how to add one")
+    name: str = option("angleproto", "loss; `spknet recipes loss` lists them")
     margin: float = option(0.2, "margin of amsoftmax, aamsoftmax (radians), sphereface2, triplet, contrastive", ge=0)
     scale: float = option(30.0, "scale of the cosines of amsoftmax, aamsoftmax, sphereface2", gt=0)
     margin_warmup_steps: int = option(0, "steps over which the margin grows linearly from 0", ge=0)

@@ -162,13 +162,14 @@ def _about(info: Any) -> str:
 
 def _kind(kind: Any) -> str:
     """How a type reads in the help."""
-    choices = [repr(c).strip("'") for c in get_args(kind) if isinstance(c, str)]
-    if choices:
-        return "|".join(choices)
     names = {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false"}
-    parts = [names[k] for k in (get_args(kind) or (kind,)) if k in names]
-    several = " ..." if _takes_several(kind) else ""
-    return ("|".join(parts) or "NUMBER") + several
+    parts = [names.get(part, part) for part in _parts(kind) if part is not type(None)]
+    return "|".join(dict.fromkeys(parts)) + (" ..." if _takes_several(kind) else "")
+
+
+def _parts(kind: Any) -> list[Any]:
+    """The plain types and the words that a type is made of: those of `list[int] | Literal["all"]` are int and "all"."""
+    return [part for inner in get_args(kind) for part in _parts(inner)] or [kind]
 
 
 def help_text() -> str:

@@ -1,5 +1,7 @@
 """Every command with wrong input: one sentence, exit status 2, no traceback, nothing half-written."""
 
+import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from spknet import cli
 from spknet.cli import COMMANDS
 from tests.conftest import write_corpus
+from tools.bench.__main__ import BENCHMARKS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [name for group in COMMANDS.values() for name in group]
@@ -94,6 +97,35 @@ def test_help_says_what_a_command_is_for(name, capsys):
         status = left.code
     said = capsys.readouterr().out
     assert status == 0 and len(said) > 100 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("words", [[name] for name in NAMES] + [["bench", name] for name in BENCHMARKS], ids=" ".join)
+def test_every_option_says_what_it_means_and_errors_name_the_command(words, monkeypatch):
+    parsers = []
+
+    def leave(parser, *_):
+        parsers.append(parser)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", leave)
+    with contextlib.suppress(SystemExit):
+        cli.main([*words, "--help"])
+    assert parsers or words in (["train"], ["voxceleb-trainer"], ["bench"], ["resubmit"])  # their help is their own
+    for parser in parsers:
+        assert not [action.option_strings or action.dest for action in parser._actions if not action.help]
+        # shards/ is used without spknet, too
+        assert parser.prog == f"spknet {' '.join(words)}" or parser.prog.startswith("python -m shards.")
+
+
+@pytest.mark.parametrize("name", ["train", "voxceleb-trainer"])
+def test_a_recipe_that_is_no_yaml_is_one_sentence(name, tmp_path, capsys):
+    (tmp_path / "page.md").write_text("key: value\n\n```\n")
+    status, said = told(capsys, [name, "--config", str(tmp_path / "page.md"), "--run_dir", str(tmp_path / "run")])
+    assert status == 2 and f"{tmp_path / 'page.md'}: cannot read this YAML" in said and "Traceback" not in said
+
+
+def test_info_takes_the_name_of_a_network(capsys):
+    assert cli.main(["info", "ResNet34"]) == 0 and "6,634,336" in capsys.readouterr().out  # WeSpeaker's parameters
 
 
 @pytest.mark.parametrize("kind", ["nowhere", "folder", "empty", "latin1", "page"])

@@ -97,6 +97,8 @@ def test_every_option_stands_in_the_help_with_meaning_range_and_default():
         for name, info in cls.__pydantic_fields__.items():
             assert info.description or name in config.groups(), f"{cls.__name__}.{name} says nothing of its meaning"
     assert "above 0, at most 3600; default 2.0" in shown and "small_corpus" in shown
+    for line in ("loss.sharded true|false|auto", "augment.rir aligned|unit_energy", "augment.talkers INT ..."):
+        assert f"  --{line}\n" in shown  # every value an option takes
 
 
 def test_a_config_survives_yaml_and_dict(tmp_path):

@@ -9,7 +9,7 @@ and SHARDS/rirs_test instead, chosen by their names alone: noise for tests that 
 Recordings stay whole: crops are read in place, so nothing is cut into pieces first. Snyder et al. 2015 (arXiv 1510.08484), openslr.org/17;
 Ko et al. 2017, openslr.org/28: the simulated small and medium rooms, as voxceleb_trainer uses them (--rooms for others).
 
-    python -m tools.musan all --save_path data
+    spknet musan all --save_path data
 """
 
 from __future__ import annotations
@@ -165,20 +165,20 @@ def _pack(
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        "python -m tools.musan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "spknet musan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("step", choices=("download", "pack", "all"))
+    p.add_argument("step", choices=("download", "pack", "all"), help="what to do; all: both")
     p.add_argument("--save_path", "--save-path", type=Path, default=Path("data"), help="folder of the archives (data)")
     p.add_argument("--shards", type=Path, help="folder of the shards (SAVE_PATH/shards)")
-    p.add_argument("--sets", default="musan,rirs")
+    p.add_argument("--sets", default="musan,rirs", help="of musan,rirs (both)")
     p.add_argument("--rooms", default="smallroom,mediumroom", help="of smallroom,mediumroom,largeroom")
     p.add_argument(
         "--test-share", type=float, default=0.0, help="share of the recordings kept apart for tests, 0 to 1 (0)"
     )
     p.add_argument("--base-url", help="another host of both archives (openslr.org)")
     p.add_argument("--checksums", type=Path, help="file of `md5  name` lines for another edition of the archives")
-    p.add_argument("--timeout", type=float, default=60.0, help="seconds without a byte")
-    p.add_argument("--retries", type=int, default=8, help="tries in a row that bring nothing")
+    p.add_argument("--timeout", type=float, default=60.0, help="seconds without a byte (60)")
+    p.add_argument("--retries", type=int, default=8, help="tries in a row that bring nothing (8)")
     p.add_argument("--convert", action="store_true", help="take recordings of another rate or with several channels")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)")
     return p

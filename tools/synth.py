@@ -10,7 +10,7 @@ pauses, so nothing but the voice is shared by two sessions of one speaker.
     OUT/test_list.txt           `label path path`: other speakers; targets always cross sessions
     OUT/synth.json              the options that made it, written last
 
-    python -m tools.synth --out corpus
+    spknet synth --out corpus
 """
 
 from __future__ import annotations
@@ -240,16 +240,16 @@ def make_corpus(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.synth", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train-speakers", type=int, default=60)
-    parser.add_argument("--test-speakers", type=int, default=20)
-    parser.add_argument("--utterances", type=int, default=10, help="files of a speaker")
-    parser.add_argument("--sessions", type=int, default=5, help="sessions of a speaker")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of a file")
-    parser.add_argument("--nontargets", type=int, default=4, help="non-target trials for each target trial")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser = argparse.ArgumentParser(prog="spknet synth", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the corpus")
+    parser.add_argument("--train-speakers", type=int, default=60, help="speakers of train_list.txt (60)")
+    parser.add_argument("--test-speakers", type=int, default=20, help="other speakers, of test_list.txt (20)")
+    parser.add_argument("--utterances", type=int, default=10, help="files of a speaker (10)")
+    parser.add_argument("--sessions", type=int, default=5, help="sessions of a speaker (5)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="seconds of a file (4)")
+    parser.add_argument("--nontargets", type=int, default=4, help="non-target trials for each target trial (4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the voices and trials (0)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
     options = parser.parse_args(argv)
     if options.test_speakers < 2 or options.sessions < 2 or options.utterances <= options.sessions:
         parser.error("trials need at least 2 test speakers, 2 sessions and more utterances than sessions")

@@ -61,7 +61,7 @@ class Corpus:
         """
         if bool(data.train_shards) == bool(data.train_list):
             raise ConfigError(
-                "give the training data as --data.train_shards FOLDER (packed by shards.pack), or as --data.train_list FILE"
+                "give the training data as --data.train_shards FOLDER (packed by spknet pack), or as --data.train_list FILE"
                 " --data.train_root FOLDER; one of the two"
             )
         if data.train_shards:

@@ -157,13 +157,13 @@ def _normalised(values: list[float]) -> list[float]:
 def _check_complete(c: Composition, preset: str, order: list[str], rooms: bool) -> None:
     if not rooms and (c.reverb is None or c.reverb + c.both > 0):
         raise ConfigError(
-            f"augment.preset={preset} has reverberation: give augment.rir_shards (python -m tools.musan packs them), or"
+            f"augment.preset={preset} has reverberation: give augment.rir_shards (spknet musan packs them), or"
             " set augment.reverb and augment.both to 0"
         )
     lacking = [name for name in SOURCES if getattr(c, name) and name not in order]
     if lacking and (c.reverb is None or c.reverb < 1):
         raise ConfigError(
             f"augment.preset={preset} has {', '.join(lacking)}: give augment.noise_shards with the categories"
-            f" {', '.join(sorted({CATEGORY[name] for name in lacking}))} (python -m tools.musan packs them), or set"
+            f" {', '.join(sorted({CATEGORY[name] for name in lacking}))} (spknet musan packs them), or set"
             f" {', '.join(f'augment.{name}' for name in lacking)} to 0"
         )

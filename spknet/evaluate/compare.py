@@ -30,8 +30,9 @@ def read_report(path: str | Path) -> tuple[Path, dict]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error  # the path is told already
         raise TrialError(
-            f"{path}: cannot read this report: {error}; give a folder that spknet.evaluate wrote, or a run with an evaluation"
+            f"{path}: cannot read this report ({reason}); give a folder that spknet evaluate wrote, or a run with an evaluation"
         ) from error
     if not isinstance(found, dict) or found.get("version") != report.VERSION:
         raise TrialError(f"{path}: expected a report of version {report.VERSION}; evaluate again")

@@ -291,7 +291,7 @@ def _check(config: Config, flags: argparse.Namespace) -> None:
         if flags.augment and not flags.eval and not (Path(folder or "") / "index" / "index.json").is_file():
             raise ConfigError(
                 f"--augment wants noise and impulse responses as packed shards; {folder} holds no index/index.json. Pack"
-                f" them once (python -m tools.musan --help) and give --augment.{name} FOLDER"
+                f" them once (spknet musan --help) and give --augment.{name} FOLDER"
             )
 
 

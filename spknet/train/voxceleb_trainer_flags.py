@@ -123,10 +123,13 @@ def _nearest(message: str) -> str:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The options of a YAML file; none where it holds something else. ConfigError where there is no such file."""
+    """The options of a YAML file; none where it holds something else. ConfigError where it cannot be read."""
     if not Path(path).is_file():
         raise ConfigError(f"--config {path}: no such file")
-    values = yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: cannot read this YAML: {' '.join(str(error).split())}") from None
     return values if isinstance(values, dict) else {}
 
 

@@ -2,18 +2,20 @@
 
 spknet info runs/a
 spknet info model.pt --json
+spknet info ResNet34
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 from spknet.checkpoints.card import to_dict
 from spknet.errors import run
 from spknet.evaluate.commands import Parser
 from spknet.evaluate.lists import trained_speakers
-from spknet.models import describe
+from spknet.models import MODELS, describe
 from spknet.use.make_card import recipe
 from spknet.use.model_card import headline
 from spknet.use.network import Network, load
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add("checkpoint", help="run folder, or a file that `spknet.load` takes")
     parser.add("--json", action="store_true", help="print data instead of text, with the whole card")
     chosen = parser.parse_args(argv)
+    if chosen.checkpoint in MODELS and not Path(chosen.checkpoint).exists():
+        return describe.main(["--model.name", chosen.checkpoint, *(["--json"] if chosen.json else [])])
     network = load(chosen.checkpoint, "cpu")
     print(json.dumps(about(network), indent=1) if chosen.json else text(network))
     return 0

@@ -14,6 +14,7 @@ utterances; recordings of over a minute are cut into windows (spknet.use.audio) 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,6 +51,8 @@ def load(path: str | os.PathLike, device: str = "auto", weights: str | None = No
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"device {device!r} is none; expected auto, cpu, cuda, or cuda:1 for the second GPU")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device}: torch sees no GPU here; give cpu, or see `spknet doctor`")
     model, config, meta = load_network(path, device, weights=weights)

@@ -13,6 +13,7 @@ holds its embedding. Uploads are refused by their length before they are read, a
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import socket
@@ -121,12 +122,20 @@ def temporary_folder():
             tempfile.tempdir = before
 
 
+def port_number(text: str) -> int:
+    """argparse type: a port of TCP."""
+    number = at_least(0)(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{text}: expected a port, 0 to 65535")
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; serves until Ctrl-C."""
     parser = Parser("spknet page", __doc__)
     parser.add("checkpoint", help="run folder, or a file that `spknet.load` takes")
     parser.add("--host", default="127.0.0.1", help="address to listen at; another than this lets others in")
-    parser.add("--port", type=at_least(0), default=7860, help="0: a free one")
+    parser.add("--port", type=port_number, default=7860, help="0: a free one")
     parser.add("--max_mb", type=at_least(1), default=200, help="largest upload, MiB")
     parser.add("--device", default="auto", help="where the network runs: auto, cpu, cuda")
     chosen = parser.parse_args(argv)

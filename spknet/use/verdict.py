@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from spknet.checkpoints.card import Card
+from spknet.errors import UserError
 from spknet.use.audio import Heard
 
 
@@ -37,7 +38,9 @@ class Verdict:
 
 
 def judge(score: float, card: Card | None, threshold: float | None, doubts: list[str]) -> Verdict:
-    """The verdict of a cosine. threshold: instead of the card's."""
+    """The verdict of a cosine. threshold: instead of the card's. Raises UserError where no cosine can be it."""
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise UserError(f"threshold {threshold:g}: scores are cosines; expected a number from -1 to 1")
     if threshold is None and card is not None:
         threshold = card.threshold
     same = None if threshold is None else score >= threshold

@@ -2,6 +2,7 @@
 
 import pytest
 
+from spknet.errors import UserError
 from spknet.models import build_model
 from spknet.options import RECIPES, parse
 from spknet.train.optim import learning_rate, margin
@@ -62,4 +63,11 @@ def test_the_list_tells_cost_and_aim(capsys):
     assert main(["resnet34"]) == 0
     said = capsys.readouterr().out
     assert "0.659 / 0.821 / 1.437 with QMF" in " ".join(said.split()) and "4.528" in said
-    assert main(["nonsense"]) == 2 and "resnet34_lm" in capsys.readouterr().out
+    with pytest.raises(UserError, match="resnet34_lm"):
+        main(["nonsense"])
+
+
+def test_an_aim_is_a_whole_sentence():
+    assert aim("loss_triplet").startswith(
+        '"In defence of metric learning for speaker recognition" (Chung et al., 2020), '
+    )

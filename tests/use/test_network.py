@@ -154,6 +154,13 @@ def test_evaluate_gives_the_report_of_the_command(net, run_dir, corpus, tmp_path
     ]
 
 
+def test_a_device_that_is_none_and_a_threshold_that_is_no_cosine_are_refused(run_dir, net, wavs):
+    with pytest.raises(UserError, match="device 'gpu' is none; expected auto, cpu, cuda"):
+        spknet.load(run_dir, "gpu")
+    with pytest.raises(UserError, match="threshold 5: scores are cosines; expected a number from -1 to 1"):
+        net.verify(wavs[0], wavs[1], threshold=5)
+
+
 def test_a_device_that_is_not_there_is_named(run_dir):
     if torch.cuda.is_available():
         assert spknet.load(run_dir, "cuda").device.type == "cuda"

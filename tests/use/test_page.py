@@ -256,6 +256,12 @@ def test_no_page_without_its_packages(checkpoint, monkeypatch, capsys):
     assert "pip install 'spknet[page]'" in capsys.readouterr().err
 
 
+def test_a_port_beyond_the_last_is_refused(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["page", checkpoint, "--port", "65536"])
+    assert "expected a port, 0 to 65535" in capsys.readouterr().err
+
+
 def picture(checkpoint: str, *paths: str) -> None:
     """The last path is written: the page after the others have been dropped."""
     *recordings, out = map(Path, paths)

@@ -150,7 +150,7 @@ WAYS = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speakers", type=int, default=40, help="N of a batch; M is 2, crops have 200 frames")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (2)")
     parser.add_argument("--steps", type=int, default=5, help="steps of each that are timed, after one that is not")
 
 

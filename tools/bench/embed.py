@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="run or file")
     parser.add_argument("--rounds", type=int, default=3, help="of both ways; their medians count (default 3)")
     parser.add_argument("--threads", type=int, nargs="+", default=[2], help="of torch (default 2)")
-    parser.add_argument("--only", choices=("speed", "memory"))
+    parser.add_argument("--only", choices=("speed", "memory"), help="only this part")
 
 
 def rows(chosen: argparse.Namespace) -> Iterator[Row]:

@@ -26,7 +26,7 @@ FAILED = 4000  # characters of what a run that failed has said
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="steps of a run (10)")
     parser.add_argument("--speakers", type=int, default=20, help="of a batch, two utterances each")
     parser.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="further options of `spknet train`, last")
 

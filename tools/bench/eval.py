@@ -29,12 +29,12 @@ RATE = 16000
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="ResNetSE34L")
-    parser.add_argument("--utterances", type=int, default=64)
+    parser.add_argument("--model", default="ResNetSE34L", help="network (ResNetSE34L)")
+    parser.add_argument("--utterances", type=int, default=64, help="made-up files (64)")
     parser.add_argument("--crops", type=int, default=10, help="of 4 s each")
     parser.add_argument("--runs", type=int, default=3, help="of each way, in turn")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", default="float32", choices=("float32", "bf16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where it runs (cpu)")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bf16"), help="arithmetic (float32)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
 
 

@@ -45,12 +45,14 @@ COPIED = {"cpu": 2**22, "cuda": 2**30}  # bytes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="where it runs (cuda)")
     parser.add_argument("--seconds", type=float, default=450.0, help="for all of it")
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--precisions", nargs="+", choices=step.PRECISIONS, default=list(step.PRECISIONS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"networks ({' '.join(MODELS)})")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=step.PRECISIONS, default=list(step.PRECISIONS), help="arithmetic (all)"
+    )
     parser.add_argument("--batch", type=int, default=128, help="utterances of a step")
-    parser.add_argument("--crop_seconds", type=float, default=2.0)
+    parser.add_argument("--crop_seconds", type=float, default=2.0, help="length of a crop (2)")
     parser.add_argument("--steps", type=int, default=5, help="that are timed of each network; and of each short run")
 
 

@@ -35,8 +35,10 @@ BLOCKS = 5  # of logits' size that a step holds at once
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--classes", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument(
+        "--classes", type=int, nargs="+", default=[100_000, 1_000_000], help="speakers (100000 1000000)"
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="processes that share the head (1 2 4)")
     parser.add_argument("--batch", type=int, default=128, help="utterances of the global batch")
     parser.add_argument("--size", type=int, default=192, help="dimensions of an embedding")
     parser.add_argument("--shards", type=int, default=64, help="pieces of the head")

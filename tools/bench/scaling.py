@@ -39,14 +39,14 @@ from tools.exactness import local_losses
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--model", default="ResNetSE34L")
+    parser.add_argument("--ranks", type=int, default=2, help="processes beside one (2)")
+    parser.add_argument("--model", default="ResNetSE34L", help="network (ResNetSE34L)")
     parser.add_argument("--speakers", type=int, default=64, help="N, of the global batch; two utterances each")
     parser.add_argument("--steps", type=int, default=10, help="rounds of steps that are timed")
-    parser.add_argument("--frames", type=int, default=200)
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument("--frames", type=int, default=200, help="length of a crop, 10 ms each (200)")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="arithmetic (float32)")
     parser.add_argument("--groups", type=int, default=0, help="train.batchnorm_groups of a third way; 0: the ranks")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs (cpu)")
     parser.add_argument("--paper", metavar="FILE", help="write the model of many GPUs and run nothing")
 
 

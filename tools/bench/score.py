@@ -116,7 +116,7 @@ def intervals(generator) -> Iterator[Row]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (2)")
     parser.add_argument("--loop_trials", type=int, default=2000, help="trials of the loop that are timed")
     parser.add_argument(
         "--only", nargs="+", choices=("crops", "cosine", "rates", "bootstrap"), help="part of the figures"

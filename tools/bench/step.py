@@ -36,8 +36,10 @@ MIB = 2**20
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default="all", help="all, or names with commas between them")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["float32", "bf16"])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, default=["float32", "bf16"], help="arithmetic (float32 bf16)"
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where it runs (cpu)")
     parser.add_argument("--batch", type=int, default=8, help="utterances of a step, 2 at least")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of an utterance")
     parser.add_argument("--steps", type=int, default=3, help="pairs of steps that are timed, after one that is not")

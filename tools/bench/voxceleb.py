@@ -130,9 +130,9 @@ def our_way(folder: Path, workers: int) -> None:
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--files", type=int, default=240)
+    p.add_argument("--files", type=int, default=240, help="made-up utterances (240)")
     p.add_argument("--seconds", type=float, default=8.0, help="length of an utterance; VoxCeleb2 has 7.8 on average")
-    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--workers", type=int, default=2, help="processes (2)")
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:

@@ -10,7 +10,7 @@
 
 voxceleb_trainer's `dataprep.py` flags (--download --user --password --extract --convert --augment) work as they are.
 
-    VOXCELEB_PASSWORD=... python -m tools.voxceleb all --save_path data --base-url https://HOST/FOLDER --user NAME
+    VOXCELEB_PASSWORD=... spknet voxceleb all --save_path data --base-url https://HOST/FOLDER --user NAME
 """
 
 from __future__ import annotations
@@ -228,14 +228,23 @@ def run_dataprep(archives: dict[str, Archive], options: argparse.Namespace) -> N
         convert_all(archives, options)
 
 
+DATAPREP = {
+    "download": "as the step",
+    "concatenate": "as the step join",
+    "extract": "as the step; the zips stay",
+    "convert": "as the step",
+    "augment": "download and pack MUSAN and the impulse responses, as `spknet musan all`",
+}
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        "python -m tools.voxceleb",
+        "spknet voxceleb",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("step", nargs="?", choices=STEPS)
+    p.add_argument("step", nargs="?", choices=STEPS, help="what to do, see above")
     p.add_argument("--save_path", "--save-path", type=Path, default=Path("data"), help="folder of everything (data)")
     p.add_argument("--sets", default="all", help="of vox1_dev,vox1_test,vox2_dev,vox2_test (all)")
     p.add_argument("--checksums", type=Path, help="file of `md5  name` lines for another edition of the archives")
@@ -244,20 +253,20 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--base-url", help="https://HOST/FOLDER or with {file} and {key} in it; or VOXCELEB_URL")
     for option, variable in SECRETS.items():
         where.add_argument(option, help=f"better {variable}, or wait to be asked")
-    where.add_argument("--connections", type=int, default=4, help="files at a time")
-    where.add_argument("--timeout", type=float, default=60.0, help="seconds without a byte")
-    where.add_argument("--retries", type=int, default=8, help="tries in a row that bring nothing")
+    where.add_argument("--connections", type=int, default=4, help="files at a time (4)")
+    where.add_argument("--timeout", type=float, default=60.0, help="seconds without a byte (60)")
+    where.add_argument("--retries", type=int, default=8, help="tries in a row that bring nothing (8)")
     other = p.add_argument_group("extract, lists, pack")
     other.add_argument("--keep-archives", action="store_true", help="leave the zips after extracting them")
     other.add_argument("--train-list", type=Path, action="append", default=[], help="official list to check")
     other.add_argument("--test-list", type=Path, action="append", default=[], help="trials to check")
     other.add_argument("--shards", type=Path, help="folder of the shards (SAVE_PATH/shards)")
-    other.add_argument("--shard-bytes", type=int, default=2**30)
-    other.add_argument("--codec", choices=("wav", "flac"), default="wav")
+    other.add_argument("--shard-bytes", type=int, default=2**30, help="about the size of a tar (2^30)")
+    other.add_argument("--codec", choices=("wav", "flac"), default="wav", help="of the shards (wav)")
     other.add_argument("--skip-bad", help="leave unreadable audio out and list it in SKIP_BAD.SET")
     old = p.add_argument_group("dataprep.py's flags, instead of a step")
-    for flag in ("download", "concatenate", "extract", "convert", "augment"):
-        old.add_argument(f"--{flag}", action="store_true")
+    for flag, step in DATAPREP.items():
+        old.add_argument(f"--{flag}", action="store_true", help=step)
     return p
 
 
