@@ -62,9 +62,9 @@ class Training:
         self.optimizer.step()
         return result
 
-    def gradient(self) -> torch.Tensor:
-        """Of the last step, flat."""
-        return torch.cat([p.grad.flatten() for p in self.task.parameters() if p.grad is not None])
+    def last_gradient(self) -> torch.Tensor:
+        """Of the network's last matrix, flat."""
+        return [p.grad for p in self.task.model.parameters() if p.dim() > 1 and p.grad is not None][-1].flatten()
 
 
 # At a quarter of its width a few of its channels die at random, and BatchNorm, which follows the ReLU, makes thirty times as much of
@@ -139,10 +139,11 @@ def test_bfloat16_trains_like_float32(name, shared):
             half.optimizer.load_state_dict(copy.deepcopy(full.optimizer.state_dict()))
         losses.append([float(one.step(every[rows], torch.arange(160)[rows])[0]) for one in (full, half)])
         if again:
-            alike.append(torch.cosine_similarity(full.gradient(), half.gradient(), dim=0))
+            alike.append(float(torch.cosine_similarity(full.last_gradient(), half.last_gradient(), dim=0)))
     float32, bf16 = np.mean(losses, axis=0)
     assert abs(bf16 / float32 - 1) < 0.02
-    assert min(alike) > 0.2  # of some 10^5 numbers: chance is 0.003
+    # Below the last layer gradients of such narrow networks turn as far when float32's weights are rounded once.
+    assert np.mean(alike) > 0.7
 
 
 @pytest.mark.parametrize("name", FAMILIES)
