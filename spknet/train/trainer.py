@@ -205,8 +205,8 @@ class Trainer:
                 self.gradients.clear()
                 for rows in self.task.loss.shards():  # this rank's alone, and so not among those above
                     rows.grad = None
-                how = (self.task, inputs, self.scaler.scale, self.gradients, side.meter.begins)
-                loss, accuracy = step_in_chunks(*how, c.chunk) if c.chunk else step_at_once(*how)
+                how, begins = (self.task, inputs, self.scaler.scale, self.gradients), side.meter.begins
+                loss, accuracy = step_in_chunks(*how, c.chunk, begins) if c.chunk else step_at_once(*how, begins)
                 self.settle()  # of the step before: the device computes this one meanwhile
                 side.meter.begins("optimizer")
                 self._update(loss, accuracy, side, batch, inputs[0])
