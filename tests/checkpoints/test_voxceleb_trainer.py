@@ -20,7 +20,6 @@ from spknet.losses import build_loss
 from spknet.models import build_model
 from spknet.options import parse
 from spknet.train import voxceleb_trainer as legacy
-from spknet.train.step import SpeakerTask
 
 FOUR = "--train_list l.txt --test_list t.txt --train_path wav --test_path test --save_path exp"
 SMALL = {"width": 0.25}  # factor on the channels, for speed
@@ -186,26 +185,6 @@ def test_what_cannot_be_done_is_an_error_that_says_why(line, message):
     with pytest.raises(ConfigError) as error:
         legacy.translate(words(line))
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize("m", ["", "--nPerSpeaker 2"])
-def test_an_unknown_loss_or_network_is_named_whatever_the_utterances_per_speaker(m):
-    config = legacy.translate(words(f"--model ResNetSE35L --trainfunc softmx {m}")).config
-    with pytest.raises(ConfigError, match="loss.name softmx: no such loss; did you mean softmax"):
-        build_loss(config.loss, 16, 4, config.data.utterances_per_speaker)
-    with pytest.raises(ConfigError, match="ResNetSE35L.*did you mean ResNetSE3"):
-        build_model(config.model)
-
-
-def test_the_batch_is_one_pass_and_not_a_pass_for_each_utterance_slot():
-    waves = torch.randn(6, 2, 4000, generator=torch.Generator().manual_seed(0))
-    model, loss = small().train(), build_loss(LossConfig(), 16, 6, 2)
-    slots = torch.stack([model(waves[:, slot]) for slot in (0, 1)], dim=1)  # as the version of mid 2020 does
-    whole = model(waves.flatten(0, 1)).unflatten(0, (6, 2))
-    labels, draws = torch.arange(6), torch.zeros(6, 2, dtype=torch.float64)
-    value = SpeakerTask(model, loss, 2, "float32")(waves.flatten(0, 1), None, labels, draws)[0]
-    torch.testing.assert_close(value, loss(whole, labels, draws)[0])
-    assert (value - loss(slots, labels, draws)[0]).abs() > 1e-3
 
 
 def test_eval_without_a_list_is_an_error():
