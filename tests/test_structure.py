@@ -1,6 +1,7 @@
 """The rules that keep the code simple: imports point one way and never in a circle, files and functions stay short."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,26 @@ def test_exceptions_are_still_needed():
         if isinstance(node, ast.FunctionDef)
     }
     assert set(LONG_FUNCTIONS) | set(MANY_PARAMETERS) <= known
+
+
+# Private names of other libraries, each with its reason.
+PRIVATE = {
+    "torch._C._distributed_c10d._dump_nccl_trace": "there is no public one; used where NCCL has stalled, and may fail",
+    "nn.modules.batchnorm._BatchNorm": "what all of torch's BatchNorms are; torch's own pages name it",
+}
+
+
+def test_no_private_name_of_torch_is_used():
+    found = set()
+    for path in modules().values():
+        tree = ast.parse(path.read_text())
+        names = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+        private = re.compile(r"(torch|torchaudio|dist|F|nn)\.(\w+\.)*_(?!_)\w+(\.\w+)*")
+        found |= {name for name in names if private.fullmatch(name)}
+    longest = {name for name in found if not any(other.startswith(name + ".") for other in found)}
+    assert longest == set(PRIVATE)

@@ -2,15 +2,16 @@
 # From nothing to a trained, evaluated network, on two CPU ranks: `bash tools/demo.sh` with a made corpus, or
 # `bash tools/demo.sh DIR` with DIR/train_list.txt, DIR/test_list.txt and the files they name. Words behind it are options of
 # the training: `bash tools/demo.sh DIR --train.max_steps 60`.
-# shellcheck source=tools/setup.sh
-source "$(dirname "$0")/setup.sh"
+set -euo pipefail
 corpus=demo/corpus
 out=demo
 if [ $# -ge 1 ] && [ "${1#--}" = "$1" ]; then
-  corpus=$1
-  out=demo/$(basename "$(realpath "$corpus")")
+  corpus=$(realpath -m -- "$1") # before setup.sh goes to the checkout
+  out=demo/$(basename "$corpus")
   shift
 fi
+# shellcheck source=tools/setup.sh
+source "$(dirname "$0")/setup.sh"
 steps=${SPKNET_DEMO_STEPS:-180}
 if [ "$corpus" = demo/corpus ] && [ ! -f "$corpus/test_list.txt" ]; then
   python -m tools.synth --out "$corpus"
@@ -18,9 +19,9 @@ fi
 for list in train_list.txt test_list.txt; do
   [ -f "$corpus/$list" ] || { echo "error: $corpus/$list is missing: a training list has lines 'speaker path', a test list 'label path path'" >&2; exit 1; }
 done
-[ -f "$out/shards/index/index.json" ] || python -m shards.pack --list "$corpus/train_list.txt" --root "$corpus" --out "$out/shards"
+python -m shards.pack --list "$corpus/train_list.txt" --root "$corpus" --out "$out/shards"
 # As many speakers a batch as the corpus allows, at most 64, even for two ranks; as many in AS-norm, at most 30.
-speakers=$(cut -d' ' -f1 "$corpus/train_list.txt" | sort -u | wc -l)
+speakers=$(awk 'NF {print $1}' "$corpus/train_list.txt" | sort -u | wc -l)
 top=$(( speakers < 30 ? speakers : 30 ))
 speakers=$(( speakers < 64 ? speakers / 2 * 2 : 64 ))
 run=$out/run

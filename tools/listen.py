@@ -26,7 +26,7 @@ from spknet.data.batches import Steps
 from spknet.data.corpus import Corpus
 from spknet.data.mixing import mix
 from spknet.errors import UserError, run
-from spknet.models.features import Spectrum
+from spknet.models.features import FLOOR, Spectrum
 from spknet.options import parse
 from spknet.parallel.ranks import Ranks
 
@@ -73,8 +73,9 @@ def write_wav(path: Path, wave: torch.Tensor, rate: int) -> int:
 
 def spectrogram(wave: torch.Tensor, rate: int, masks: torch.Tensor | None) -> np.ndarray:
     """(BANDS, frames) in dB; masked bands and spans NaN."""
-    mel = Spectrum(rate, BANDS).mel(wave[None].float())[0].mT  # ln(energy + floor)
-    out = (mel * (10 / np.log(10))).numpy()
+    spectrum = Spectrum(rate, BANDS)
+    energies = spectrum.power(wave[None].float(), center=True)[0] @ spectrum.filters  # (frames, BANDS)
+    out = 10 * (energies.mT + FLOOR).log10().numpy()
     if masks is not None and len(masks):
         half, centres = len(masks) // 2, [(np.arange(n) + 0.5) / n for n in out.shape]
         for spans, axis in ((masks[:half], 0), (masks[half:], 1)):

@@ -19,36 +19,57 @@ import torch
 
 from spknet.config import Config, from_dict
 from spknet.data.augment import classes_per_speaker
+from spknet.losses.sampled import rows_of
+from spknet.losses.sharded import Sharded
 
 
 def load_head_by_speaker(
     loss: torch.nn.Module, state: dict[str, Any], speakers: list[str], labels, speeds: int = 1
 ) -> dict[str, torch.Tensor]:
-    """The checkpoint's loss parameters with the rows of a classification head moved to where this run's speakers are.
+    """The checkpoint's loss parameters with the rows of a whole head moved to where this run's speakers are.
 
     speakers, labels: of this run, in the same order; speeds: classes a speaker has in this run's head.
     """
-    old = from_dict(state["config"]) if "config" in state else Config()
-    old_labels, new_labels = dict(zip(state["speakers"], state["labels"])), dict(zip(speakers, map(int, labels)))
-    theirs = Layout(max(old_labels.values(), default=-1) + 1, classes_per_speaker(old.augment), old.loss.sub_centers)
-    ours = Layout(max(new_labels.values(), default=-1) + 1, speeds, centers(loss))
-    known = [name for name in new_labels if name in old_labels]
-    pairs = (np.array([old_labels[name] for name in known], int), np.array([new_labels[name] for name in known], int))
-    return {
-        name: _moved(value, state["loss"].get(name), theirs, ours, pairs) for name, value in loss.state_dict().items()
-    }
+    fresh = loss.state_dict()
+    if misfit(loss, state):
+        return fresh
+    pairs = [torch.from_numpy(classes) for classes in same_classes(state, speakers, labels, speeds)]
+    return {name: _moved(value, state["loss"].get(name), centers(loss), pairs) for name, value in fresh.items()}
 
 
-class Layout:
-    """How a head's rows are laid out."""
+def same_classes(state: dict[str, Any], speakers: list[str], labels, speeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """The classes of speakers that both know, at the speeds that both have: (classes,) in the checkpoint, and here."""
+    theirs = dict(zip(state["speakers"], map(int, state["labels"])))
+    ours = dict(zip(speakers, map(int, labels)))
+    known = [name for name in ours if name in theirs]
+    speed = np.arange(min(speeds, classes_per_speaker(_config(state).augment)))[:, None]
+    both = ((np.array([of[name] for name in known], int), max(of.values(), default=-1) + 1) for of in (theirs, ours))
+    there, here = ((label + count * speed).reshape(-1) for label, count in both)
+    return there, here
 
-    def __init__(self, n_labels: int, speeds: int, centers: int):
-        self.n_labels, self.speeds, self.centers = n_labels, speeds, centers
 
-    def rows(self, labels: np.ndarray, speeds: int, centers: int) -> np.ndarray:
-        """Rows of these labels for the first `speeds` speeds, (speeds * labels * centers,)."""
-        classes = labels[None, :] + self.n_labels * np.arange(speeds)[:, None]
-        return (classes[..., None] * centers + np.arange(centers)).reshape(-1)
+def kept(loss: torch.nn.Module, state: dict[str, Any], speakers: list[str]) -> str:
+    """What became of the head, in words."""
+    why = misfit(loss, state)
+    if why:
+        return f"head: every row begins anew: {why}"
+    known = len(set(state["speakers"]) & set(speakers))
+    return f"head: rows of {known} speakers kept, those of {len(speakers) - known} begin anew"
+
+
+def misfit(loss: torch.nn.Module, state: dict[str, Any]) -> str:
+    """Why no row of a checkpoint's head can be one of this head; empty where rows can."""
+    ours, theirs = centers(loss), _centers_there(state)
+    if isinstance(loss, Sharded):
+        same = "head" in state or "weight" in state["loss"]
+    else:
+        rows = [name for name, value in loss.state_dict().items() if value.dim()]
+        same = not rows or ("head" in state and "weight" in rows) or any(name in state["loss"] for name in rows)
+    if not same:
+        return f"the checkpoint's loss, {_config(state).loss.name}, has none of its rows"
+    if ours != theirs:
+        return f"the checkpoint has {theirs} rows a class (loss.sub_centers), this run {ours}"
+    return ""
 
 
 def centers(loss: torch.nn.Module) -> int:
@@ -56,21 +77,25 @@ def centers(loss: torch.nn.Module) -> int:
     return max((part.centers for part in loss.modules() if hasattr(part, "centers")), default=1)
 
 
-def _moved(value, old, theirs: Layout, ours: Layout, pairs) -> torch.Tensor:
+def _centers_there(state: dict[str, Any]) -> int:
+    if "head" in state:
+        return state["head"]["per_class"]
+    loss = _config(state).loss
+    return loss.sub_centers if loss.name in ("amsoftmax", "aamsoftmax") else 1
+
+
+def _config(state: dict[str, Any]) -> Config:
+    return from_dict(state["config"]) if "config" in state else Config()
+
+
+def _moved(value, old, each: int, pairs) -> torch.Tensor:
     if old is None or old.dim() != value.dim() or old.shape[1:] != value.shape[1:]:
         return value
     if value.dim() == 0:
         return old
-    old_k, new_k = (theirs.centers, ours.centers) if value.dim() > 1 else (1, 1)  # a bias has one value a class
-    fits = old_k == new_k and len(old) >= theirs.n_labels * theirs.speeds * old_k
-    if not fits or len(value) < ours.n_labels * ours.speeds * new_k:
-        return value
-    speeds, moved = min(theirs.speeds, ours.speeds), value.clone()
-    moved[ours.rows(pairs[1], speeds, new_k)] = old[theirs.rows(pairs[0], speeds, old_k)].to(moved)
+    there, here = (
+        rows_of(classes, each if value.dim() > 1 else 1) for classes in pairs
+    )  # a bias has one value a class
+    moved = value.clone()
+    moved[here] = old[there].to(moved)
     return moved
-
-
-def kept(state: dict[str, Any], speakers: list[str]) -> str:
-    """What became of the head, in words."""
-    known = len(set(state["speakers"]) & set(speakers))
-    return f"head: rows of {known} speakers kept, those of {len(speakers) - known} begin anew"

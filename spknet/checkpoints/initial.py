@@ -68,13 +68,13 @@ def _from_ours(task, path: str, state: dict[str, Any], corpus, allow_partial: bo
     _check_rate(task, path, checkpoint.sample_rate(state), allow_partial)
     notes = _fill(task.model, state["model"], allow_partial)
     speakers, labels = [str(name) for name in corpus.utterances.speakers], corpus.utterances.labels
+    ours = (speakers, labels, corpus.classes_per_speaker)
     if isinstance(task.loss, Sharded) or ("head" in state and isinstance(task.loss, Classifier)):
-        head.initialize(task.loss, path, state, speakers, labels)
+        head.initialize(task.loss, path, state, *ours)
     else:
-        rows = load_head_by_speaker(task.loss, state, speakers, labels, corpus.classes_per_speaker)
-        task.loss.load_state_dict(rows)
+        task.loss.load_state_dict(load_head_by_speaker(task.loss, state, *ours))
     has_rows = isinstance(task.loss, Sharded) or any(value.dim() for value in task.loss.state_dict().values())
-    return [*notes, *([kept(state, speakers)] if has_rows else [])]
+    return [*notes, *([kept(task.loss, state, speakers)] if has_rows else [])]
 
 
 def _check_rate(task, path: str | Path, rate: int, allow_partial: bool) -> None:

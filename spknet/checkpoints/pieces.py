@@ -41,8 +41,10 @@ from spknet.checkpoints.file import (
     remove_rows,
     told_as_unwritten,
 )
+from spknet.checkpoints.head_rows import misfit, same_classes
 from spknet.checkpoints.resume import load_optimizer
 from spknet.errors import UserError
+from spknet.losses.sampled import rows_of
 from spknet.losses.sharded import Piece, Sharded
 from spknet.parallel.ranks import here
 from spknet.parallel.together import gather_objects, together
@@ -147,38 +149,30 @@ def optimizer_state(optimizer: torch.optim.Optimizer, loss) -> dict[str, Any]:
     return state
 
 
-def initialize(loss, path, state, speakers: list[str], labels) -> None:
+def initialize(loss, path, state, speakers: list[str], labels, speeds: int) -> None:
     """Starts the head of a new run, whole or in pieces, from the rows that a checkpoint has for its speakers."""
     rule, n_classes = (
         (loss.rule, loss.n_classes) if isinstance(loss, Sharded) else (loss, len(loss.weight) // loss.centers)
     )
+    if misfit(loss, state):
+        return
     if "head" in state:
         source = source_of(Path(path), state)
-    elif "weight" in state["loss"]:
+    else:
         names = [name for name in ("weight", "bias") if name in state["loss"]]
         content = {"per_class": rule.centers, "values": {name: state["loss"][name] for name in names}}
         source = [Rows(0, len(state["loss"]["weight"]) // rule.centers, lambda: content)]
-    else:
-        return  # another kind of loss
     theirs = {name.removeprefix("rule."): value for name, value in state["loss"].items()}
     scalars = {name: theirs.get(name, value) for name, value in rule.state_dict().items() if value.dim() == 0}
     rule.load_state_dict(scalars, strict=False)
-    load(loss, None, source, classes_by_speaker(state, n_classes, speakers, labels))
+    load(loss, None, source, classes_by_speaker(state, n_classes, speakers, labels, speeds))
 
 
-def classes_by_speaker(state: dict[str, Any], n_classes: int, speakers: list[str], labels) -> np.ndarray:
-    """(n_classes,) the class in a checkpoint of each class here, by the speaker's name; -1 where it has none.
-
-    Classes beyond the labels are those of playing speeds: label + labels * speed index, here and there.
-    """
-    theirs = dict(zip(state["speakers"], state["labels"]))
-    n_theirs, n_ours = max(theirs.values(), default=-1) + 1, int(max(labels, default=-1)) + 1
-    their_classes = state["head"]["classes"] if "head" in state else len(state["loss"]["weight"])
+def classes_by_speaker(state, n_classes: int, speakers: list[str], labels, speeds: int) -> np.ndarray:
+    """(n_classes,) the class in a checkpoint of each class here, by the speaker's name; -1 where it has none."""
+    there, here = same_classes(state, speakers, labels, speeds)
     classes = np.full(n_classes, -1)
-    for speed in range(min(n_classes // max(1, n_ours), their_classes // max(1, n_theirs))):
-        for speaker, label in zip(speakers, labels):
-            if speaker in theirs:
-                classes[int(label) + n_ours * speed] = theirs[speaker] + n_theirs * speed
+    classes[here] = there
     return classes
 
 
@@ -206,7 +200,7 @@ def load(loss, optimizer: torch.optim.Optimizer | None, source: list[Rows], clas
             _check(content, piece, per_class)
             for key, parameter in piece.values().items():
                 each = per_class if key == "weight" else 1
-                places = _rows(own, each).to(parameter.device), _rows(there, each)
+                places = tuple(rows_of(torch.from_numpy(numbers), each) for numbers in (own, there))
                 _put(parameter, content["values"][key], places)
                 if optimizer is not None:
                     _fill(optimizer.state[parameter], content["moments"].get(key, {}), parameter, places)
@@ -226,10 +220,6 @@ def _check(content: dict[str, Any], piece: Piece, per_class: int) -> None:
         names = ("embedding_size", "sub_centers", "a bias")
         found = ", ".join(f"{name} {a}, expected {b}" for name, a, b in zip(names, theirs, ours) if a != b)
         raise CheckpointError(f"the head of the checkpoint has {found}; give the options it was trained with")
-
-
-def _rows(classes: np.ndarray, per_class: int) -> torch.Tensor:
-    return torch.from_numpy((classes[:, None] * per_class + np.arange(per_class)).reshape(-1))
 
 
 @torch.no_grad()

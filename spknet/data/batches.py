@@ -189,7 +189,7 @@ class Batches:
             pin_memory=me.device.type == "cuda",
             worker_init_fn=_prepare_worker,
             prefetch_factor=PREFETCH if self.workers else None,
-            # Workers are forked before the process group has threads that matter; the reader reopens its files after a fork.
+            # A fork lacks the process group's threads, which a worker never needs; the reader reopens its files there.
             multiprocessing_context="fork" if self.workers else None,
         )
 

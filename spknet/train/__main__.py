@@ -155,7 +155,8 @@ def _run(run: Run, config: Config, me: Ranks, watchdog: Watchdog, stop: StopSign
     kernels.choose(config.train, me.device)
     options = {f"option {k}": repr(v) for k, v in configuration.flatten(configuration.to_dict(config)).items()}
     versions = {f"version of {k}": v for k, v in run_folder.versions().items()}
-    agree({"the code": run_folder.code_digest(), **versions, **options, "CPU threads": str(torch.get_num_threads())})
+    threads = {"CPU threads (--train.threads sets them)": str(torch.get_num_threads())}
+    agree({"the code": run_folder.code_digest(), **versions, **options, **threads})
     watchdog.says("opening the data")
     trainer = Trainer(config, me)
     watchdog.pause("taking the run folder")  # a lock of another machine is watched for 35 s

@@ -91,7 +91,7 @@ def step_at_once(
 
 
 def step_in_chunks(
-    task: SpeakerTask, inputs: tuple, scale, gradients: AveragedGradients, begins, chunk: int
+    task: SpeakerTask, inputs: tuple, scale, gradients: AveragedGradients, chunk: int, begins=lambda part: None
 ) -> tuple[Tensor, Tensor]:
     """The same gradient with the memory of `chunk` utterances. Gradients travel once, at the end."""
     waves, masks, labels, draws = inputs

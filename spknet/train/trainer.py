@@ -138,17 +138,17 @@ class Trainer:
 
     def _load(self, state: dict, path: Path) -> None:
         checkpoint.load_weights(self.task.model, state["model"], f"{path}: the network")
-        speakers, loss = (self.speakers(), self.corpus.utterances.labels), self.task.loss
-        moved = (state["speakers"], state["labels"]) != (speakers[0], speakers[1].tolist())
+        labels, loss = self.corpus.utterances.labels, self.task.loss
+        ours = (self.speakers(), labels, self.corpus.classes_per_speaker)
+        moved = (state["speakers"], state["labels"]) != (ours[0], labels.tolist())
         if isinstance(loss, Sharded):
-            classes = pieces.classes_by_speaker(state, loss.n_classes, *speakers) if moved else None
+            classes = pieces.classes_by_speaker(state, loss.n_classes, *ours) if moved else None
             trained = sum(p.requires_grad for p in self.task.model.parameters())
             pieces.resume(loss, trained, self.optimizer, path, state, classes)
         elif "head" in state:
             raise checkpoint.CheckpointError(f"{path} has a head in pieces: continue with --loss.sharded true")
         else:
-            speeds = self.corpus.classes_per_speaker
-            rows = load_head_by_speaker(loss, state, *speakers, speeds) if moved else state["loss"]
+            rows = load_head_by_speaker(loss, state, *ours) if moved else state["loss"]
             checkpoint.load_weights(loss, rows, f"{path}: the loss")
             load_optimizer(self.optimizer, state["optimizer"], path)
         if state["scaler"]:  # empty where the precision was another one
@@ -205,8 +205,8 @@ class Trainer:
                 self.gradients.clear()
                 for rows in self.task.loss.shards():  # this rank's alone, and so not among those above
                     rows.grad = None
-                how = (self.task, inputs, self.scaler.scale, self.gradients, side.meter.begins)
-                loss, accuracy = step_in_chunks(*how, c.chunk) if c.chunk else step_at_once(*how)
+                how, begins = (self.task, inputs, self.scaler.scale, self.gradients), side.meter.begins
+                loss, accuracy = step_in_chunks(*how, c.chunk, begins) if c.chunk else step_at_once(*how, begins)
                 self.settle()  # of the step before: the device computes this one meanwhile
                 side.meter.begins("optimizer")
                 self._update(loss, accuracy, side, batch, inputs[0])

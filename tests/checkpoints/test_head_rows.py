@@ -1,8 +1,10 @@
 """Rows of a head find their speakers: at their speeds, with sub-centres, among fewer, more and other speakers."""
 
+import pytest
 import torch
 
-from spknet.checkpoints.head_rows import load_head_by_speaker
+from spknet.checkpoints import pieces
+from spknet.checkpoints.head_rows import kept, load_head_by_speaker
 from spknet.config import Config, from_dict, to_dict
 from spknet.losses import build_loss
 
@@ -70,3 +72,33 @@ def test_labels_with_gaps_count_up_to_the_largest():
     state = checkpoint(config(**SPEEDS), ["ann", "bob"], [0, 4], 15)
     moved = load_head_by_speaker(build_loss(config().loss, D, 1, 1), state, ["bob"], [0])["weight"]
     assert moved[0, 0] == 400
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("old", "why"),
+    [
+        ({"sub_centers": 2}, "the checkpoint has 2 rows a class (loss.sub_centers), this run 1"),
+        ({"name": "angleproto"}, "the checkpoint's loss, angleproto, has none of its rows"),
+        ({"name": "softmaxproto"}, "the checkpoint's loss, softmaxproto, has none of its rows"),
+    ],
+)
+def test_a_head_of_which_no_row_can_be_kept_begins_anew_and_says_so(old, why, sharded):
+    c = config(loss=old)
+    state = {"config": to_dict(c), "speakers": ["ann", "bob"], "labels": [0, 1]}
+    state["loss"] = build_loss(c.loss, D, 2, 2).state_dict()
+    loss = build_loss(config(loss={"sharded": sharded}).loss, D, 2, 1)
+    before = [p.detach().clone() for p in [*loss.parameters(), *loss.shards()]]
+    if sharded:
+        pieces.initialize(loss, "unread", state, ["ann", "bob"], [0, 1], 1)
+    else:
+        loss.load_state_dict(load_head_by_speaker(loss, state, ["ann", "bob"], [0, 1]))
+    assert len(before) and all(torch.equal(a, b) for a, b in zip(before, [*loss.parameters(), *loss.shards()]))
+    assert kept(loss, state, ["ann", "bob"]) == f"head: every row begins anew: {why}"
+
+
+def test_rows_beyond_the_speakers_are_no_speeds_in_a_head_in_pieces():
+    state = checkpoint(config(loss={"n_classes": 6}), ["ann", "bob", "cid"], [0, 1, 2], 6)
+    assert pieces.classes_by_speaker(state, 6, ["bob", "new", "ann"], [0, 1, 2], 1).tolist() == [1, -1, 0, -1, -1, -1]
+    state = checkpoint(config(**SPEEDS), ["ann", "bob", "cid"], [0, 1, 2], 9)
+    assert pieces.classes_by_speaker(state, 6, ["bob", "new"], [0, 1], 3).tolist() == [1, -1, 4, -1, 7, -1]

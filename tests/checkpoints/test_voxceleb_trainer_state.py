@@ -1,4 +1,4 @@
-"""Going on from where a training of voxceleb_trainer stood."""
+"""Going on from where a training of voxceleb_trainer stood, and in what a run here differs from one there."""
 
 import copy
 from types import SimpleNamespace
@@ -9,8 +9,11 @@ import torch
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints import voxceleb_trainer as legacy_state
 from spknet.checkpoints import voxceleb_trainer_state as legacy_progress
-from spknet.config import LossConfig
+from spknet.config import ConfigError, LossConfig
 from spknet.losses import build_loss
+from spknet.models import build_model
+from spknet.train import voxceleb_trainer as legacy
+from spknet.train.step import SpeakerTask
 from tests.checkpoints.test_voxceleb_trainer import small
 
 
@@ -68,3 +71,23 @@ def test_moments_go_on_as_in_the_optimizer_they_come_from(kind, tmp_path):
         path,
     )
     assert "no moments of the optimizer that fit" in legacy_progress.continue_from(path, new, ours)[1][0]
+
+
+@pytest.mark.parametrize("m", ["", "--nPerSpeaker 2"])
+def test_an_unknown_loss_or_network_is_named_whatever_the_utterances_per_speaker(m):
+    config = legacy.translate(f"--model ResNetSE35L --trainfunc softmx {m}".split()).config
+    with pytest.raises(ConfigError, match="loss.name softmx: no such loss; did you mean softmax"):
+        build_loss(config.loss, 16, 4, config.data.utterances_per_speaker)
+    with pytest.raises(ConfigError, match="ResNetSE35L.*did you mean ResNetSE3"):
+        build_model(config.model)
+
+
+def test_the_batch_is_one_pass_and_not_a_pass_for_each_utterance_slot():
+    waves = torch.randn(6, 2, 4000, generator=torch.Generator().manual_seed(0))
+    model, loss = small().train(), build_loss(LossConfig(), 16, 6, 2)
+    slots = torch.stack([model(waves[:, slot]) for slot in (0, 1)], dim=1)  # as the version of mid 2020 does
+    whole = model(waves.flatten(0, 1)).unflatten(0, (6, 2))
+    labels, draws = torch.arange(6), torch.zeros(6, 2, dtype=torch.float64)
+    value = SpeakerTask(model, loss, 2, "float32")(waves.flatten(0, 1), None, labels, draws)[0]
+    torch.testing.assert_close(value, loss(whole, labels, draws)[0])
+    assert (value - loss(slots, labels, draws)[0]).abs() > 1e-3

@@ -8,7 +8,7 @@ import torch
 
 from spknet.config import AugmentConfig
 from spknet.data.augment import Augmenter
-from spknet.data.channel import g711_levels, low_pass, telephone
+from spknet.data.channel import g711_levels, low_pass, resampler, telephone
 from spknet.data.mixing import Mixing, mix
 
 N, SAMPLES = 120, 8000
@@ -183,3 +183,8 @@ def test_half_a_batch_is_mixed_as_in_the_whole_batch(noise_and_rir):
         one = as_tensors(augmenter.read(1, np.array([i])))
         alone = mix(crops[i : i + 1], one, SAMPLES, torch.float64)
         torch.testing.assert_close(alone, mixed[i : i + 1], rtol=1e-9, atol=1e-12)
+
+
+def test_the_kernel_of_a_speed_is_made_once():
+    kernels = [resampler(90, 100, torch.float32, torch.device("cpu")) for _ in range(2)]
+    assert kernels[0] is kernels[1] and kernels[0] is not resampler(110, 100, torch.float32, torch.device("cpu"))

@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from shards.format import ShardError
-from spknet import errors
+from spknet import errors, rng
 from spknet.evaluate import embed, evaluation
 from spknet.evaluate import embeddings as kept
 from spknet.evaluate.embed import Embedding, Stopped
@@ -170,6 +170,30 @@ def _stopped(rank, world_size, options):
 def test_a_signal_to_one_rank_stops_the_embedding_on_all(ranks, corpus):
     options = {"trials": str(corpus / "test_list.txt"), "root": str(corpus)}
     assert run_ranks(ranks, _stopped, options)[-1] == 3
+
+
+class Noted(torch.nn.Linear):
+    """A layer that notes when it is brought to the CPU and when its weights are drawn."""
+
+    done: list[str] = []
+
+    def cpu(self):
+        self.done.append("on the CPU")
+        return super().cpu()
+
+    def reset_parameters(self):
+        self.done.append("drawn")
+        super().reset_parameters()
+
+
+def test_an_untrained_network_is_drawn_on_the_cpu_whatever_its_device_is():
+    layer = Noted(3, 2)
+    rng.initialize(layer, 5)
+    drawn = layer.weight.detach().clone()
+    torch.nn.init.zeros_(layer.weight)
+    Noted.done.clear()
+    assert torch.equal(evaluation.untrained(layer, 5).weight, drawn) and not layer.weight.any()
+    assert Noted.done == ["on the CPU", "drawn"]  # a GPU's generator draws other numbers
 
 
 def test_a_batch_takes_the_power_of_two_of_seconds_that_half_of_the_memory_holds():

@@ -271,6 +271,31 @@ def test_train_sbatch_asks_for_the_run_dir():
     assert done.returncode == 2 and "train.sbatch: --run_dir DIR is missing" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("variables", "status", "said"),
+    [
+        (
+            {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MAX": "3"},
+            0,
+            "--task 2/4 --out o",
+        ),
+        (
+            {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MAX": "3"},
+            2,
+            "0-N without gaps",
+        ),
+        ({"SLURM_ARRAY_TASK_ID": "3", "TASKS": "16"}, 0, "--task 3/16 --out o"),
+        ({"SLURM_ARRAY_TASK_ID": "16", "TASKS": "16"}, 2, "share 16 of TASKS=16: shares are counted from 0"),
+        ({}, 0, "-m shards.pack --workers 4 --out o"),
+    ],
+)
+def test_share_of_a_pack_task_is_never_guessed(variables, status, said):
+    environment = {"PATH": os.environ["PATH"], "PYTHON": "echo", "SLURM_CPUS_PER_TASK": "4", **variables}
+    command = ["bash", ROOT / "slurm/pack.sbatch", "--out", "o"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status and said in done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_local_executor_goes_on_after_a_signal(tmp_path, options, capsys):
     """submitit's controller takes the place of SLURM: its task asks for another start by its exit status."""

@@ -101,6 +101,24 @@ def test_job_that_has_not_reached_the_accounting_yet_is_queued(tmp_path):
     assert status.run_status(tmp_path, {}).state == "failed"
 
 
+def test_slurm_is_asked_once_for_all_runs(tmp_path, monkeypatch):
+    asked, runs = tmp_path / "asked.txt", [tmp_path / f"run-{i}" for i in range(20)]
+    for i, folder in enumerate(runs):
+        write_run(folder, "running", [50])
+        note_job(folder, f"7_{i}", age=60)
+    answers = {"squeue": "echo '7_3|RUNNING|None'", "sacct": "echo '7_4|TIMEOUT|0:0'; echo '7_5|CANCELLED by 1|0:0'"}
+    for name, answer in answers.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {asked}\n{answer}\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = {one.name: one.state for one in status.statuses(tmp_path)}
+    assert [found[f"run-{i}"] for i in (3, 4, 5, 6)] == ["running", "failed", "cancelled", "failed"]
+    squeue, sacct = asked.read_text().splitlines()  # one call of each
+    assert squeue.startswith("squeue ") and sacct.startswith("sacct ")
+    jobs = sacct.split(" -j ")[1].split(" ")[0].split(",")
+    assert sorted(jobs) == sorted(f"7_{i}" for i in range(20) if i != 3)
+
+
 def test_run_started_by_hand_and_stopped_is_cancelled_and_watching_it_ends(tmp_path, capsys):
     write_run(tmp_path / "a", "requeue", [50], reason="SIGINT")
     assert status.main([str(tmp_path / "a"), "--watch", "0.1"]) == 0

@@ -1,5 +1,7 @@
 """Each family of networks, reduced: trains on one and two ranks, in halves, in chunks, on real speech; takes any length."""
 
+import copy
+
 import numpy as np
 import pytest
 import soundfile
@@ -60,6 +62,10 @@ class Training:
         self.optimizer.step()
         return result
 
+    def last_gradient(self) -> torch.Tensor:
+        """Of the network's last matrix, flat."""
+        return [p.grad for p in self.task.model.parameters() if p.dim() > 1 and p.grad is not None][-1].flatten()
+
 
 # At a quarter of its width a few of its channels die at random, and BatchNorm, which follows the ReLU, makes thirty times as much of
 # rounding in every step: 1e-14 becomes 3e-8.
@@ -119,16 +125,25 @@ def test_overfits_eight_speakers_of_real_speech(name, shared):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST)
 def test_bfloat16_trains_like_float32(name, shared):
+    """20 steps of both; every other step begins from float32's weights and moments.
+
+    Left alone, two runs part by themselves: other samples by 3e-7 move ReDimNet2's mean loss of 20 steps by 2 %.
+    """
     every = crops(shared, 160, 2, 0.5)
-    means = {}
-    for precision in ("float32", "bf16"):
-        training, losses = Training(task(FAMILIES[name], precision, "aamsoftmax", 160), lr=1e-4), []
-        for step in range(20):  # 8 new speakers in each step
-            rows = slice(8 * step, 8 * step + 8)
-            losses.append(float(training.step(every[rows], torch.arange(160)[rows])[0]))
-        means[precision] = np.mean(losses)
-    # Rounding grows in 20 steps: changing samples by 3e-7 of themselves moves ReDimNet2's difference between 0.2 and 2.7 %.
-    assert abs(means["bf16"] / means["float32"] - 1) < 0.04
+    full, half = (Training(task(FAMILIES[name], kind, "aamsoftmax", 160), lr=1e-4) for kind in ("float32", "bf16"))
+    losses, alike = [], []
+    for step in range(20):  # 8 new speakers in each step
+        rows, again = slice(8 * step, 8 * step + 8), step % 2 == 0
+        if again:
+            half.task.load_state_dict(full.task.state_dict())
+            half.optimizer.load_state_dict(copy.deepcopy(full.optimizer.state_dict()))
+        losses.append([float(one.step(every[rows], torch.arange(160)[rows])[0]) for one in (full, half)])
+        if again:
+            alike.append(float(torch.cosine_similarity(full.last_gradient(), half.last_gradient(), dim=0)))
+    float32, bf16 = np.mean(losses, axis=0)
+    assert abs(bf16 / float32 - 1) < 0.02
+    # Below the last layer gradients of such narrow networks turn as far when float32's weights are rounded once.
+    assert np.mean(alike) > 0.7
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,12 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from spknet.parallel import torchrun
+from spknet.train.metrics_log import read_metrics
 from spknet.train.run_folder import read_state
+from tests.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +34,47 @@ def test_a_run_that_is_refused_or_fails_is_started_once(shards, said, options, c
     told = "".join(path.read_text() for path in tmp_path.glob("logs/*/attempt_0/*/stderr.log"))
     assert told.count("error: ") in (1, 2) and said in told  # by rank 0, and by another that alone knows it
     assert read_state(tmp_path / "run")["state"] == "failed"
+
+
+def _waits(for_ranks: int, run: Path, agents: list[subprocess.Popen]) -> int:
+    """Waits until the newest step was one of so many ranks; that step."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+        if lines and len(lines[-1]["rank_seconds"]) == for_ranks:
+            return lines[-1]["step"]
+        assert all(agent.poll() is None for agent in agents)
+        time.sleep(0.5)
+    pytest.fail(f"no step of {for_ranks} ranks; state: {read_state(run)}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_torchrun_that_joins_and_leaves_changes_the_ranks_and_none_looks_finished(options, tmp_path):
+    """docs/elastic.md, a changing number of machines: two agents of one rank each."""
+    where = ["--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "a"]
+    where += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1", "--max-restarts", "10"]
+    where += ["--rdzv-conf", "last_call_timeout=3"]  # each round waits 30 s for others otherwise
+    words = ["-m", "spknet.train", *options, "--train.max_steps", "100000", "--run_dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", *where, *words]
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    agents = []
+    try:
+        for ranks in (1, 2):
+            agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL))
+            joined = _waits(ranks, tmp_path / "run", agents)
+        agents[1].terminate()
+        assert agents[1].wait(120) == 1
+        alone = _waits(1, tmp_path / "run", agents[:1])
+        agents[0].terminate()
+        assert agents[0].wait(120) == 1
+    finally:
+        for agent in agents:
+            agent.kill()
+    state = read_state(tmp_path / "run")
+    assert state["state"] == "requeue" and state["step"] >= alone >= joined > 1
+    steps = [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_a_program_that_runs_an_agent_inside_itself_is_left_alone(monkeypatch):

@@ -37,7 +37,7 @@ def test_wavs_are_the_waves_of_the_batch_and_lines_say_what_was_drawn(words, tmp
     c = parse(words)
     steps = Steps(c, Corpus.open(c.data, 0, c.augment), Ranks())
     batch = steps[3]
-    crops, augment, labels, _ = batch.to(None)
+    crops, augment, labels, _ = batch.to(torch.device("cpu"))
     waves = mix(crops, augment, steps.samples, torch.float32).numpy()
     for i, line in enumerate(lines):
         samples, rate = soundfile.read(tmp_path / f"{i:03d}.wav", dtype="int16")

@@ -8,7 +8,6 @@ import soundfile
 import torch
 
 from shards.pack import pack
-from spknet.checkpoints import export
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints.network import load_network
 from spknet.errors import UserError
@@ -16,6 +15,7 @@ from spknet.errors import run as run_command
 from spknet.evaluate import __main__ as evaluation
 from spknet.evaluate import embed, embeddings
 from spknet.train.__main__ import main
+from spknet.use import export
 from tests.conftest import voice
 from tests.ranks import train
 
@@ -123,7 +123,7 @@ def test_rates_that_do_not_fit_are_refused(telephone, corpus, tmp_path, capfd):
     with pytest.raises(UserError, match="8000 Hz, expected 16000 Hz or more"):
         evaluation.main(["--checkpoint", str(tmp_path / "wide"), *lower])
     export_words = ["--checkpoint", run, "--to", "voxceleb_trainer", "--out", str(tmp_path / "x.model")]
-    assert export.main(export_words) == 2
+    assert run_command(export.main, export_words) == 2
     assert "for 8000 Hz; voxceleb_trainer takes 16000 Hz only" in capfd.readouterr().err
 
 
@@ -131,7 +131,7 @@ def test_networks_that_voxceleb_trainer_lacks_are_not_exported_to_it(corpus, tmp
     packed = ["--model.name", "ResNet18", "--model.width", "0.25", "--data.train_shards", f"{corpus}/shards"]
     assert main([*words(corpus, tmp_path / "run", *packed), "--eval.trials", "null"]) == 0
     out = ["--to", "voxceleb_trainer", "--out", str(tmp_path / "x.model")]
-    assert export.main(["--checkpoint", str(tmp_path / "run"), *out]) == 2
+    assert run_command(export.main, ["--checkpoint", str(tmp_path / "run"), *out]) == 2
     assert "holds a ResNet18; voxceleb_trainer has ResNetSE34, " in capfd.readouterr().err
 
 

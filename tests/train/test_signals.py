@@ -137,6 +137,19 @@ def test_ranks_that_disagree_on_an_option_say_which(options, tmp_path, capfd):
     assert read_state(tmp_path)["state"] == "failed"
 
 
+def _of_threads(rank, _world, words):
+    os.environ["OMP_NUM_THREADS"] = str(1 + rank)  # as an equal share is on nodes of other sizes
+    return _status(rank, _world, words, [])
+
+
+def test_ranks_of_other_numbers_of_threads_are_refused_with_the_option_that_makes_them_equal(options, tmp_path, capfd):
+    place = options.index("--train.threads")
+    words = [*options[:place], *options[place + 2 :], "--train.max_steps", "1", "--run_dir", str(tmp_path)]
+    assert run_ranks(2, _of_threads, words, join=False) == [2, 2]
+    said = capfd.readouterr().err
+    assert "ranks disagree on CPU threads (--train.threads sets them): rank 0" in said and "has 1, rank 1" in said
+
+
 def test_ranks_with_different_data_say_so(options, corpus, tmp_path, capfd):
     from shards.pack import pack
 

@@ -123,20 +123,21 @@ def write(path: str) -> Iterator[Row]:
 
 PAGE = """# Scaling
 
-What a step costs on many GPUs. **This is a model, and nothing in it has been measured on a GPU**: it says where meetings of
-ranks would matter, and which options take them away. The program `spknet bench scaling --paper docs/scaling.md` writes
-this page from the networks as they are built (`tools/bench/paper.py` has the formulas). What two ranks cost here over
-gloo is measured by `spknet bench scaling`, which also counts the meetings and bytes of a real step; a test holds them and the
-model together.
+What a step costs on many GPUs. **This is a model, and nothing in it has been measured on a GPU**: it says where
+meetings of ranks would matter, and which options take them away. The program `spknet bench scaling --paper
+docs/scaling.md` writes this page from the networks as they are built (`tools/bench/paper.py` has the formulas). What
+two ranks cost here over gloo is measured by `spknet bench scaling`, which also counts the meetings and bytes of a
+real step; a test holds them and the model together.
 
 ## What is assumed
 
-Nodes of {machine.node} GPUs. A GPU computes {peak:.0f} TFLOP/s in bf16, of which networks reach {machine.reached:.0%} (those
-with few channels reach less: their compute is longer and the shares below are smaller). A collective of few numbers takes
-{launch:.0f} us to launch, {inside:.1f} us for each step of a ring within the node and {between:.0f} us for each level of a
-tree over nodes. A GPU sends {fast:.0f} GB/s within the node and {slow:.0f} between nodes. Crops of 2 s, in bf16;
-gradients and statistics travel in float32. If your machine differs, change `Machine` in that file. Efficiency is compute
-over the whole step; the loss is one that compares utterances (a classification head alone has no such meetings).
+Nodes of {machine.node} GPUs. A GPU computes {peak:.0f} TFLOP/s in bf16, of which networks reach {machine.reached:.0%}
+(those with few channels reach less: their compute is longer and the shares below are smaller). A collective of few
+numbers takes {launch:.0f} us to launch, {inside:.1f} us for each step of a ring within the node and {between:.0f} us
+for each level of a tree over nodes. A GPU sends {fast:.0f} GB/s within the node and {slow:.0f} between nodes. Crops
+of 2 s, in bf16; gradients and statistics travel in float32. If your machine differs, change `Machine` in that file.
+Efficiency is compute over the whole step; the loss is one that compares utterances (a classification head alone has
+no such meetings).
 
 ## 32 utterances a GPU
 
@@ -148,9 +149,9 @@ over the whole step; the loss is one that compares utterances (a classification 
 
 ## What follows
 
-Compute grows with the utterances of a GPU, meetings do not, so larger batches hide them. Networks with many BatchNorm layers
-and little arithmetic suffer most, and there the synchronised statistics are the largest part: latency, not bytes. Two
-options take their meetings away, each the same on any number of ranks that it allows:
+Compute grows with the utterances of a GPU, meetings do not, so larger batches hide them. Networks with many BatchNorm
+layers and little arithmetic suffer most, and there the synchronised statistics are the largest part: latency, not
+bytes. Two options take their meetings away, each the same on any number of ranks that it allows:
 
 - `--train.batchnorm_groups G`: the batch is cut into G fixed groups of speakers, and each has statistics of its own
   (ghost batches). The number of ranks must divide G and G the speakers of the batch, so each rank holds whole groups
