@@ -110,6 +110,8 @@ def name_of(pid: int) -> str:
 
 def requeue(job: str, bad: list[str]) -> None:
     """Put this job back into the queue, without the bad nodes, and wait for SLURM to end this script."""
+    if bad:  # said first: SLURM may end this script before it says another word
+        print(f"job {job} leaves out {', '.join(bad)}: blamed for two ends of this run", file=sys.stderr, flush=True)
     sys.stdout.flush()
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
@@ -118,7 +120,6 @@ def requeue(job: str, bad: list[str]) -> None:
     if bad:
         # Possible while the job waits only, which it does from here on.
         subprocess.run(["scontrol", "update", f"jobid={job}", f"ExcNodeList={','.join(bad)}"])
-        print(f"job {job} leaves out {', '.join(bad)}: blamed for two ends of this run", file=sys.stderr, flush=True)
     time.sleep(SECONDS_TO_LEAVE)
     sys.exit(1)
 

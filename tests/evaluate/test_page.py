@@ -102,7 +102,7 @@ def test_compare_takes_a_run_and_uses_its_newest_evaluation(tmp_path, capsys):
     assert "+0.00 to +0.00" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     assert errors.run(compare.main, [str(tmp_path / "empty"), str(tmp_path / "run")]) == 2
-    assert "give a folder that spknet.evaluate wrote, or a run with an evaluation" in capsys.readouterr().err
+    assert "give a folder that spknet evaluate wrote, or a run with an evaluation" in capsys.readouterr().err
 
 
 def test_speakers_kept_out_are_those_in_the_checkpoint_whatever_the_file_says_now(tmp_path):
