@@ -359,7 +359,7 @@ def option_names() -> list[str]:
 
 def nearest(name: str) -> str:
     """`; did you mean X?` for an unknown option, or where all options are shown if nothing is near."""
-    known = option_names()
+    known = [*option_names(), "config", "print_config", "help"]
     by_last = {key.rsplit(".", 1)[-1]: key for key in known}
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     last = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.7)

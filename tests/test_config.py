@@ -26,6 +26,8 @@ def test_recipes_are_found_by_name_and_all_of_them_parse():
 def test_unknown_option_names_the_nearest():
     with pytest.raises(ConfigError, match="unknown option --data.train_shard; did you mean data.train_shards?"):
         parse(["--data.train_shard", "x"])
+    with pytest.raises(ConfigError, match="unknown option --confg; did you mean config?"):
+        parse(["--confg", "resnet34"])
     with pytest.raises(ConfigError, match="unknown option --learning_rate"):
         parse(["--learning_rate", "1"])
 

@@ -78,8 +78,8 @@ def beside(path: Path, name: str, above: int = 0) -> dict:
     if place is None:
         return {}
     try:
-        content = yaml.load(place.read_text(), _Plain)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        content = yaml.load(place.read_text(encoding="utf-8"), _Plain)
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{place}, which belongs to {path}, cannot be read: {reason}") from None
     return content if isinstance(content, dict) else {}

@@ -204,13 +204,16 @@ def _within(seconds: float, make: Callable[[], Any]) -> Any:
             answers.put((None, error))
 
     threading.Thread(target=work, daemon=True, name="store").start()
-    try:
-        store, error = answers.get(timeout=seconds + GOODBYE)
-    except queue.Empty:
-        raise dist.DistNetworkError("no answer") from None
-    if error is not None:
-        raise error
-    return store
+    end = time.monotonic() + seconds + GOODBYE
+    while time.monotonic() < end:
+        with contextlib.suppress(queue.Empty):
+            store, error = answers.get(timeout=0.5)
+            if error is not None:
+                raise error
+            return store
+        if torchrun.is_gone():  # it holds the store, or would start the rank that does
+            raise RankLost("torchrun has died before the ranks had met; the run continues from its newest checkpoint")
+    raise dist.DistNetworkError("no answer")
 
 
 def _attempt() -> str:

@@ -11,6 +11,16 @@ import os
 import signal
 from pathlib import Path
 
+PARENT = os.getppid()  # when this process began
+PROGRAMS = [b"torch.distributed.run", b"torch.distributed.launch", b"torchrun"]
+
+
+def is_gone() -> bool:
+    """Whether the torchrun that has started this rank is dead. It may have died before this process looked first."""
+    parent = os.getppid()
+    orphan = parent != PARENT or (parent == 1 and not _is_torchrun())  # 1: in a container it may be torchrun itself
+    return orphan and "TORCHELASTIC_RUN_ID" in os.environ
+
 
 def sets_threads() -> bool:
     """Whether OMP_NUM_THREADS is torchrun's own, which it sets to 1 where nobody has said anything."""
@@ -23,9 +33,13 @@ def end() -> None:
     """Sends TERM to this rank's torchrun, where it would start all ranks again. Called by one rank of each machine."""
     restarts = [int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
     # A program that runs an agent inside itself is left alone.
-    names = [b"torch.distributed.run", b"torch.distributed.launch", b"torchrun"]
-    if restarts[0] < restarts[1] and any(os.path.basename(word) in names for word in _of_parent("cmdline")[:4]):
+    if restarts[0] < restarts[1] and _is_torchrun():
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _is_torchrun() -> bool:
+    """Whether the parent is one."""
+    return any(os.path.basename(word) in PROGRAMS for word in _of_parent("cmdline")[:4])
 
 
 def _of_parent(name: str) -> list[bytes]:

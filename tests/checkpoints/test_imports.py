@@ -245,9 +245,10 @@ def test_wespeaker_s_networks_and_features_that_are_not_here_are_named(shared, t
         path = wespeaker_file(tmp_path, f"model: ECAPA\nmodel_args: {{}}\ndataset_args: {words}\n", shared)
         with pytest.raises(CheckpointError, match=f"its config.yaml asks for {problem}, which spknet has not"):
             load_network(path)
-    path = wespeaker_file(tmp_path, "model: [\n", shared)
-    with pytest.raises(CheckpointError, match="config.yaml, which belongs to .*avg_model.pt, cannot be read"):
-        load_network(path)
+    for text in ("model: [\n", "[" * 5000):
+        path = wespeaker_file(tmp_path, text, shared)
+        with pytest.raises(CheckpointError, match="config.yaml, which belongs to .*avg_model.pt, cannot be read"):
+            load_network(path)
 
 
 def test_wespeaker_s_configuration_sets_rate_hop_and_pooling(shared, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from spknet.parallel import torchrun
+from spknet.parallel.process import started as started_at
 from spknet.train.metrics_log import read_metrics
 from spknet.train.run_folder import read_state
 from tests.ranks import free_port
@@ -34,6 +35,35 @@ def test_a_run_that_is_refused_or_fails_is_started_once(shards, said, options, c
     told = "".join(path.read_text() for path in tmp_path.glob("logs/*/attempt_0/*/stderr.log"))
     assert told.count("error: ") in (1, 2) and said in told  # by rank 0, and by another that alone knows it
     assert read_state(tmp_path / "run")["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_ranks_whose_torchrun_died_before_they_had_met_end_and_say_so(options, tmp_path):
+    """It holds their store: without a look at it they would wait as long as train.timeout_seconds says."""
+    words = [*options, "--train.timeout_seconds", "600", "--run_dir", str(tmp_path / "run")]
+    agent = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "spknet.train",
+    ]
+    with open(tmp_path / "said", "w") as said:
+        started = subprocess.Popen([*agent, *words], cwd=ROOT, stderr=said)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+    ranks, until = [], time.monotonic() + 100
+    while len(ranks) < 2 and time.monotonic() < until:
+        ranks = children.read_text().split()
+    started.kill()
+    started.wait()
+    assert len(ranks) == 2
+    while any(started_at(int(rank)) for rank in ranks):
+        assert time.monotonic() < until, "a rank still waits"
+        time.sleep(0.2)
+    assert "torchrun has died before the ranks had met" in (tmp_path / "said").read_text()
 
 
 def _waits(for_ranks: int, run: Path, agents: list[subprocess.Popen]) -> int:

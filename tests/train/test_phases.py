@@ -126,15 +126,16 @@ def test_kills_and_signals_in_every_phase_and_of_every_process_continue_to_the_s
     whole, run = tmp_path / "whole", tmp_path / "run"
     Life(words, whole).end()
     generator = random.Random(SEED)
-    plan = list(itertools.product(PHASES, VICTIMS))
+    plan = [way for way in itertools.product(PHASES, VICTIMS) if way != ("start", "loader")]  # there is none yet
     generator.shuffle(plan)
     for count, (phase, kind) in zip(range(KILLS), itertools.cycle(plan)):
         number = signal.SIGTERM if count % 3 == 2 and kind != "loader" else signal.SIGKILL  # loaders ignore SIGTERM
         life = Life(words, run)
         hit = interrupt(life, phase, kind, number, 0 if phase == "saving" else generator.uniform(0, 0.5))
-        life.end(END_SECONDS if hit else 900)
+        assert hit, f"interruption {count} ({phase}, {kind}) was not made: the run has ended before"
+        life.end(END_SECONDS)
         state = read_state(run) or {}
-        print(count, signal.Signals(number).name, phase, kind, hit, state.get("state"), state.get("step"), flush=True)
+        print(count, signal.Signals(number).name, phase, kind, state.get("state"), state.get("step"), flush=True)
     life = Life(words, run)
     ending = life.wait_for(
         lambda: lines_of(run)[-1:] and "eval" in lines_of(run)[-1] and lines_of(run)[-1]["step"] == steps

@@ -66,6 +66,14 @@ def rows(chosen: argparse.Namespace) -> Iterator[Row]:
         ratios = [a / b for a, b in zip(seconds[way], seconds["local"])]
         step = statistics.median(seconds[way])
         yield Row(f"{what}, a step, {way}", step, "s", statistics.median(ratios), "local to the rank")
+    local, alone = statistics.median(seconds["local"]), statistics.median(many["alone"])
+    yield Row(
+        "BatchNorm's meetings alone, nothing computed",
+        alone,
+        "s a step",
+        1 + alone / local,
+        "local to the rank, at the least",
+    )
     for way, kinds in many["counted"].items():
         for kind, (meetings, size) in kinds.items():
             yield Row(f"{way}: {kind}, meetings a step", meetings, "")
@@ -111,7 +119,19 @@ def measure(me: Ranks, chosen: argparse.Namespace) -> dict:
     prototypes = 4 * d * (n + chosen.speakers)
     gradients = sum(p.numel() * p.element_size() for p in made.parameters() if p.requires_grad)
     formula = {"prototypes": prototypes, "BatchNorm": 16 * sum(layers), "gradients": gradients}
-    return {"seconds": seconds, "counted": counted, "formula": formula}
+    alone = [meetings_alone(me, layers) for _ in range(chosen.steps)] if me.world_size > 1 else []
+    return {"seconds": seconds, "counted": counted, "formula": formula, "alone": alone}
+
+
+def meetings_alone(me: Ranks, layers: list[int]) -> float:
+    """Seconds of what BatchNorm gathers in a step, with nothing between: the least that the transport takes for it."""
+    parts = [torch.zeros(2 * channels, device=me.device) for channels in layers]
+    wait(me)
+    begun = time.perf_counter()
+    for part in [*parts, *reversed(parts)]:
+        batchnorm.gather_detached(part)
+    wait(me)
+    return time.perf_counter() - begun
 
 
 def shape_of(made: SpeakerTask) -> tuple[int, list[int]]:
