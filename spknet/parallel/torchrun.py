@@ -17,9 +17,7 @@ PROGRAMS = [b"torch.distributed.run", b"torch.distributed.launch", b"torchrun"]
 
 def is_gone() -> bool:
     """Whether the torchrun that has started this rank is dead. It may have died before this process looked first."""
-    parent = os.getppid()
-    orphan = parent != PARENT or (parent == 1 and not _is_torchrun())  # 1: in a container it may be torchrun itself
-    return orphan and "TORCHELASTIC_RUN_ID" in os.environ
+    return "TORCHELASTIC_RUN_ID" in os.environ and (os.getppid() != PARENT or not _may_be_agent(PARENT))
 
 
 def sets_threads() -> bool:
@@ -35,6 +33,14 @@ def end() -> None:
     # A program that runs an agent inside itself is left alone.
     if restarts[0] < restarts[1] and _is_torchrun():
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _may_be_agent(pid: int) -> bool:
+    """Whether a process has torch loaded; process 1 and other adopters of orphans (SLURM's step, an init) have not."""
+    try:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    except OSError:
+        return pid != 1  # that of another user cannot be read
 
 
 def _is_torchrun() -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,32 +38,42 @@ def test_a_run_that_is_refused_or_fails_is_started_once(shards, said, options, c
     assert read_state(tmp_path / "run")["state"] == "failed"
 
 
+# Starts a command, writes its process number, and adopts what it leaves behind, as SLURM's step and some inits do.
+ADOPTER = """
+import ctypes, os, subprocess, sys
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
+print(subprocess.Popen(sys.argv[1:], stdout=sys.stderr).pid, flush=True)
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    pass
+"""
+
+
 @pytest.mark.slow
-def test_ranks_whose_torchrun_died_before_they_had_met_end_and_say_so(options, tmp_path):
+@pytest.mark.parametrize("adopted", [False, True])
+def test_ranks_whose_torchrun_died_before_they_had_met_end_and_say_so(adopted, options, tmp_path):
     """It holds their store: without a look at it they would wait as long as train.timeout_seconds says."""
     words = [*options, "--train.timeout_seconds", "600", "--run_dir", str(tmp_path / "run")]
-    agent = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "spknet.train",
-    ]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*([sys.executable, "-c", ADOPTER] if adopted else []), *agent, "-m", "spknet.train", *words]
     with open(tmp_path / "said", "w") as said:
-        started = subprocess.Popen([*agent, *words], cwd=ROOT, stderr=said)
-    children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+        started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=said, text=True)
+    pid = int(started.stdout.readline()) if adopted else started.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children")
     ranks, until = [], time.monotonic() + 100
     while len(ranks) < 2 and time.monotonic() < until:
-        ranks = children.read_text().split()
-    started.kill()
-    started.wait()
+        ranks = [int(rank) for rank in children.read_text().split()]
+    os.kill(pid, signal.SIGKILL)
     assert len(ranks) == 2
-    while any(started_at(int(rank)) for rank in ranks):
-        assert time.monotonic() < until, "a rank still waits"
+    while any(started_at(rank) for rank in ranks) and time.monotonic() < until:
         time.sleep(0.2)
+    waiting = [rank for rank in ranks if started_at(rank)]
+    for rank in waiting:
+        os.kill(rank, signal.SIGKILL)
+    started.wait(60)
+    assert not waiting
     assert "torchrun has died before the ranks had met" in (tmp_path / "said").read_text()
 
 
