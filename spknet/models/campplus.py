@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spknet.config import ModelConfig
+from spknet.models.convolution import Conv2d
 from spknet.models.network import Network
 from spknet.models.pooling import POOLINGS, build_pooling
 
@@ -59,7 +60,7 @@ class BandBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = nn.Sequential()
         if stride != 1:
-            conv = nn.Conv2d(channels, channels, 1, (stride, 1), bias=False)
+            conv = Conv2d(channels, channels, 1, (stride, 1), bias=False)
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:

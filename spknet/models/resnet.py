@@ -20,6 +20,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from spknet.config import ModelConfig
+from spknet.models.convolution import Conv2d
 from spknet.models.network import Network
 from spknet.models.pooling import POOLINGS, build_pooling
 
@@ -31,7 +32,7 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+    return Conv2d(inputs, outputs, 1, stride, bias=False)
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:

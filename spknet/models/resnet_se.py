@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spknet.config import FeaturesConfig, ModelConfig
+from spknet.models import convolution
 from spknet.models.front_ends import build_features
 from spknet.models.pooling import POOLINGS, build_head
 
@@ -40,7 +41,7 @@ class Layout:
     relu_first: bool = False  # stem: ReLU before the norm, and a bias
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(convolution.Conv2d):
     """A convolution whose weights keep the variance of gradients under ReLU (He et al., 2015)."""
 
     def reset_parameters(self) -> None:
