@@ -46,6 +46,7 @@ class Batch:
     step: int  # global
     crops: torch.Tensor  # (n, samples) int16; longer than a training crop where the speed is changed
     labels: np.ndarray  # (n / M,) int64, classes
+    classes: np.ndarray  # (N,) int64, those of the whole batch; they stay on the host
     rows: np.ndarray  # (n,) int64, rows of the data set
     slots: np.ndarray  # (n,) int64, positions in the epoch
     draws: np.ndarray  # (n / M, 2) float64 in [0, 1), the loss's randomness
@@ -123,25 +124,26 @@ class Steps(torch.utils.data.Dataset):
     def _batch(self, step: int) -> Batch:
         sampler, utterances = self.corpus.sampler, self.corpus.utterances
         epoch, step_in_epoch = divmod(step, sampler.steps)
-        rows = sampler.batch(epoch, step_in_epoch)[self.columns].astype(np.int64)  # (speakers, M)
-        slots = sampler.slots(step_in_epoch)[self.columns]
+        batch, batch_slots = sampler.batch(epoch, step_in_epoch).astype(np.int64), sampler.slots(step_in_epoch)
+        rows, slots = batch[self.columns], batch_slots[self.columns]  # (speakers, M)
         flat, length = rows.reshape(-1), self.augmenter.read_samples
         spare = np.maximum(utterances.samples[flat].astype(np.int64) - length, 0)
         starts = (rng.uniform(self.seed, epoch, "crop", slots.reshape(-1)) * (spare + 1)).astype(np.int64)
         crops = self._buffer(step, (len(flat), length))
         utterances.read_batch(flat, starts, crops.numpy())
-        speakers = np.searchsorted(utterances.speaker_rows, rows[:, 0], side="right") - 1
+        speakers = np.searchsorted(utterances.speaker_rows, batch[:, 0], side="right") - 1
         draws = np.stack([rng.uniform(self.seed, epoch, f"loss {i}", slots[:, 0]) for i in range(2)], axis=1)
-        labels, speed_slots = utterances.labels[speakers].astype(np.int64), None
+        classes, speed_slots = utterances.labels[speakers].astype(np.int64), None
         if self.speed_labels:
             # All utterances of a speaker in a batch at one speed: they are one class.
             speed_slots = np.repeat(slots[:, :1], slots.shape[1], axis=1).reshape(-1)
-            labels = labels + self.corpus.n_labels * self.augmenter.speed_index(epoch, slots[:, 0])
+            classes = classes + self.corpus.n_labels * self.augmenter.speed_index(epoch, batch_slots[:, 0])
         augment = self.augmenter.read(epoch, slots.reshape(-1), speed_slots)
         return Batch(
             step=step,
             crops=crops,
-            labels=labels,
+            labels=classes[self.columns],
+            classes=classes,
             rows=flat,
             slots=slots.reshape(-1),
             draws=draws,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from spknet.config import LossConfig
 class Loss(nn.Module, ABC):
     """Subclasses define `compute(x, labels, draws)`; `fewest` and `most` bound M, the utterances of a speaker.
 
-    `margin` and `step`, the global one, are set before each step; `clamp_` is called after each optimizer step.
+    `margin`, `step` (the global one) and `classes` (of the whole batch, on the host) are set before each step; `clamp_` is
+    called after each optimizer step.
     """
 
     fewest = 1
@@ -31,6 +33,7 @@ class Loss(nn.Module, ABC):
     def __init__(self, config: LossConfig):
         super().__init__()
         self.margin, self.step = float(config.margin), 0
+        self.classes: np.ndarray | None = None
 
     def forward(self, embeddings: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(embeddings.device.type, enabled=False):

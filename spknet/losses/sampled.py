@@ -8,8 +8,8 @@ What is not in the sample does not move. The optimizer sees, for this step, a co
 momentum and Adam's averages of other rows stand still (dense gradients with zeros, as partial FC v2 has them, would go on
 moving them), and no gradient of other rows takes memory. Adam's count of steps is that of the piece. Weight decay is made up
 for when a row is next in a sample: after k steps without it, its weights are first multiplied by (1 - lr decay)^k, with the
-rate of the step that makes up; cosines do not change by it. The rows are chosen on the host, which
-waits once a step for the labels of the global batch: the one wait that is left in a step (tests/train/test_waits.py).
+rate of the step that makes up; cosines do not change by it. The rows are chosen on the host, from the classes that the
+loader has drawn (`Loss.classes`): nothing waits for the device.
 
     head = build_loss(LossConfig(name="aamsoftmax", sharded=True, sample=0.1), 192, 5_000_000, 2)
     with head.updating(optimizer) as moved: ...; optimizer.step()
@@ -30,15 +30,17 @@ from spknet import rng
 def sample(head, targets: Tensor) -> list:
     """The pieces of this rank as this step sees them, with the rows of the sample only; those without any left out.
 
-    head: spknet.losses.sharded.Sharded; targets: (B,) classes of the whole batch.
+    head: spknet.losses.sharded.Sharded; targets: (B,) classes of the whole batch, for a head that has not been told them.
     """
-    views = []
+    views, batch = [], targets.cpu().numpy() if head.classes is None else head.classes
     for piece in head.pieces:
         numbers = np.arange(piece.first, piece.last)
         chosen = rng.uniform(head.seed, head.step, "sample", numbers) < head.share
-        mine = targets[(targets >= piece.first) & (targets < piece.last)].cpu().numpy()
-        chosen[mine - piece.first] = True
-        classes = torch.from_numpy(numbers[chosen]).to(targets.device)
+        chosen[batch[(batch >= piece.first) & (batch < piece.last)] - piece.first] = True
+        classes = torch.from_numpy(numbers[chosen])
+        if targets.is_cuda:  # from memory of other kinds the host would wait for the copy, and so for all before it
+            classes = classes.pin_memory()
+        classes = classes.to(targets.device, non_blocking=True)
         if len(classes):
             with torch.no_grad():
                 weight = nn.Parameter(piece.weight[rows_of(classes - piece.first, head.rule.centers)])

@@ -87,7 +87,8 @@ class Trainer:
         if c.train.channels_last:
             self.task.to(memory_format=torch.channels_last)
         self.task.freeze(c.train.frozen)
-        self.optimizer = build_optimizer(c.optim, model.parameters(), loss.parameters(), loss.shards())
+        half = self.task.half is not None
+        self.optimizer = build_optimizer(c.optim, model.parameters(), loss.parameters(), loss.shards(), half)
         self.scaler = torch.amp.GradScaler(self.me.device.type, enabled=c.train.precision == "fp16")
         self.averaging = Averaging(c.train, self.task, self.steps_per_epoch, self.total_steps)
         self.gradients = AveragedGradients(self.task.parameters())
@@ -200,7 +201,7 @@ class Trainer:
             say(f"train.chunk: BatchNorm's statistics are those of {c.chunk} utterances a rank")
         with Batches(self.config, self.corpus, self.me, self.step, self.total_steps) as batches:
             for batch in side.watched(batches):
-                self._set_rates()
+                self._set_rates(batch)
                 inputs = prepare(batch, self.samples, self.dtype, self.me.device)
                 self.gradients.clear()
                 for rows in self.task.loss.shards():  # this rank's alone, and so not among those above
@@ -214,11 +215,12 @@ class Trainer:
                     return side.stopped_by()
         return None
 
-    def _set_rates(self) -> None:
+    def _set_rates(self, batch: Batch) -> None:
         c = self.config
         utterances = c.data.speakers_per_batch * c.data.utterances_per_speaker
         set_rate(self.optimizer, learning_rate(c.optim, self.step, self.steps_per_epoch, self.total_steps, utterances))
         self.task.loss.margin, self.task.loss.step = margin(c.loss, self.step, self.steps_per_epoch), self.step
+        self.task.loss.classes = batch.classes
 
     def _update(self, loss, accuracy, side: Sidelines, batch: Batch, waves) -> None:
         """The optimizer's step. What the ranks tell of it is read later (`settle`)."""

@@ -73,6 +73,19 @@ def test_an_optimizer_keeps_its_own_kernels_when_it_takes_over_moments(tmp_path)
     assert back.param_groups[0]["fused"] is True
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_half_precision_takes_one_kernel_whose_steps_are_the_others_up_to_rounding(name):
+    values = torch.linspace(-1, 1, 40)
+    parameters = [torch.nn.Parameter(values.clone()) for _ in range(2)]
+    config = OptimConfig(name=name, lr=0.01, weight_decay=0.1, momentum=0.9)
+    plain, fused = (build_optimizer(config, [p], half=half) for p, half in zip(parameters, (False, True)))
+    assert plain.param_groups[0]["fused"] is None and fused.param_groups[0]["fused"] is True
+    for _ in range(5):
+        stepped(plain, parameters[0]), stepped(fused, parameters[1])
+    torch.testing.assert_close(*parameters, rtol=1e-6, atol=1e-7)
+    assert (parameters[1] - values).abs().min() > 0.01
+
+
 def test_the_norm_of_gradients_is_not_finite_where_one_of_them_is_not():
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     for parameter, values in zip(parameters, ([3.0, 0.0], [0.0, 4.0])):

@@ -127,7 +127,7 @@ def ours(crops: Tensor, precision: str) -> Callable[[], None]:
     model, loss = build_model(ModelConfig()), build_loss(LossConfig(), 512, 1, M)
     task = SpeakerTask(model, loss, M, precision).to(memory_format=torch.channels_last)
     gradients = AveragedGradients(task.parameters())
-    optimizer = build_optimizer(OptimConfig(), model.parameters(), loss.parameters())
+    optimizer = build_optimizer(OptimConfig(), model.parameters(), loss.parameters(), half=task.half is not None)
     labels, draws = torch.arange(len(crops) // M), torch.zeros(len(crops) // M, 2, dtype=torch.float64)
 
     def step() -> None:
