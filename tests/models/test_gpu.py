@@ -1,7 +1,8 @@
 """What a GPU would be given, without one: fake tensors that say `cuda` go through augmentation, networks and losses.
 
 torch refuses an operation of tensors on two devices, so one that was left on the CPU is an error, and so is whatever asks for a value
-or for a shape that depends on values. Numbers are not computed.
+or for a shape that depends on values. Numbers are not computed. Autograd's engine would look for the device, so the nodes of its graph
+are called one by one.
 """
 
 import gc
@@ -48,6 +49,43 @@ def network(name: str) -> nn.Module:
     return on_gpu(build_model(config if config.encoder in MODELS[name].encoders else ModelConfig(name, encoder, 256)))
 
 
+def gradients_of(loss: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
+    """leaf -> what loss.backward() would leave in its .grad."""
+    order, seen, stack = [], {None}, [(loss.grad_fn, False)]
+    while stack:  # each node after all that it hands gradients to
+        node, left = stack.pop()
+        if left:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack += [(node, True), *((after, False) for after, _ in node.next_functions)]
+    given, leaves = {(loss.grad_fn, 0): torch.ones_like(loss)}, {}
+    for node in reversed(order):
+        gradients = [given.pop((node, i), None) for i in range(len(node._input_metadata))]
+        if hasattr(node, "variable"):
+            leaves[node.variable] = gradients[0]
+            continue
+        if all(gradient is None for gradient in gradients):
+            continue
+        found = node(*gradients)
+        for place, gradient in zip(node.next_functions, found if isinstance(found, tuple) else (found,)):
+            if place[0] is not None and gradient is not None:
+                gradient = gradient.sum_to_size(place[0]._input_metadata[place[1]].shape)  # what was broadcast
+                given[place] = given[place] + gradient if place in given else gradient
+    return leaves
+
+
+def test_the_graph_is_walked_as_autograd_walks_it():
+    config = ModelConfig(name="ResNet18", embedding_size=16, width=0.125)
+    model, loss = build_model(config).double(), build_loss(LossConfig(), 16, 1, 2).double()
+    embeddings = model(torch.randn(4, 8000, dtype=torch.float64)).unflatten(0, (2, 2))
+    value, _ = loss(embeddings, torch.arange(2), torch.rand(2, 2, dtype=torch.float64))
+    found = gradients_of(value)
+    value.backward()
+    for parameter in [*model.parameters(), *loss.parameters()]:
+        torch.testing.assert_close(found[parameter], parameter.grad)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_network_trains_and_embeds_on_the_device_of_its_weights(name, fake):
     with fake:
@@ -59,6 +97,11 @@ def test_a_network_trains_and_embeds_on_the_device_of_its_weights(name, fake):
             embeddings.unflatten(0, (2, 2)), labels, draws
         )
         assert loss.device.type == accuracy.device.type == "cuda"
+        gradients = gradients_of(loss)
+        assert {p for p in model.parameters() if p.requires_grad} <= set(gradients)
+        assert {(gradient.device.type, gradient.shape == leaf.shape) for leaf, gradient in gradients.items()} == {
+            ("cuda", True)
+        }
         assert (embeddings.device.type, len(embeddings)) == ("cuda", 4)
         model.eval()
         with torch.no_grad():
@@ -71,8 +114,10 @@ def test_a_loss_is_computed_on_the_device_of_the_embeddings(name, fake):
     with fake:
         loss = on_gpu(build_loss(LossConfig(**options), 32, 20, 2))
         labels, draws = torch.arange(5, device="cuda"), torch.rand(5, 2, dtype=torch.float64, device="cuda")
-        found = loss(torch.randn(5, 2, 32, device="cuda", requires_grad=True), labels, draws)
+        embeddings = torch.randn(5, 2, 32, device="cuda", requires_grad=True)
+        found = loss(embeddings, labels, draws)
         assert [value.device.type for value in found] == ["cuda", "cuda"]
+        assert gradients_of(found[0])[embeddings].device.type == "cuda"
 
 
 AUGMENT = {

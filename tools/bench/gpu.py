@@ -103,6 +103,7 @@ def networks(chosen: argparse.Namespace, precisions: list[str], limits: dict, en
         for precision in precisions:
             what = f"{name}, {precision}"
             found = within(end, name, precision, how)
+            step.give_back(chosen.device)  # to the processes that come next
             if isinstance(found, str):
                 yield Row(f"{what}: left out, {found}", 0, "")
                 continue

@@ -4,7 +4,8 @@
     spknet bench scaling --paper docs/scaling.md       a model of 8, 64 and 512 GPUs; nothing is run
 
 Each rank has one thread. Exact and local networks take steps in turn, so the machine's drift hits both; batches are the same
-random waves. Meetings and bytes are counted where ranks call torch.distributed (a rank's own part of a gather), and stand beside
+random waves. The processor's seconds of a step beside local training's are what exactness computes; the rest of what it costs is
+waiting for the other ranks. Meetings and bytes are counted where ranks call torch.distributed (a rank's own part of a gather), and stand beside
 
     prototypes  2 directions: (N/W) D b out, N D b back        BatchNorm  2 meetings, 4 C b a layer (moments; sums back)
     gradients   P b in buckets of 25 MiB, sent while the backward pass runs (the same in both ways)
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from spknet import rng
-from spknet.config import LossConfig, ModelConfig
+from spknet.config import LossConfig, ModelConfig, OptimConfig
 from spknet.losses import build_loss
 from spknet.models import build_model
 from spknet.parallel import batchnorm, gather
@@ -31,6 +32,7 @@ from spknet.parallel.batchnorm import globalize
 from spknet.parallel.gather import all_reduce_sum
 from spknet.parallel.gradients import AveragedGradients
 from spknet.parallel.ranks import Ranks
+from spknet.train.optim import build_optimizer
 from spknet.train.step import SpeakerTask, step_at_once
 from tools.bench import paper
 from tools.bench.ranks import on_ranks
@@ -66,6 +68,9 @@ def rows(chosen: argparse.Namespace) -> Iterator[Row]:
         ratios = [a / b for a, b in zip(seconds[way], seconds["local"])]
         step = statistics.median(seconds[way])
         yield Row(f"{what}, a step, {way}", step, "s", statistics.median(ratios), "local to the rank")
+    busy = {way: statistics.median(found) for way, found in many["busy"].items()}
+    ratio = busy["exact"] / busy["local"]
+    yield Row(f"{what}, a step, exact, a rank's processor", busy["exact"], "s", ratio, "local to the rank")
     local, alone = statistics.median(seconds["local"]), statistics.median(many["alone"])
     yield Row(
         "BatchNorm's meetings alone, nothing computed",
@@ -91,11 +96,12 @@ def task(me: Ranks, chosen: argparse.Namespace, way: str) -> tuple:
         model = globalize(model, chosen.groups if way == "groups" else 1)
     made = SpeakerTask(model, loss, 2, chosen.precision).to(me.device)
     made.to(memory_format=torch.channels_last)
-    return made, AveragedGradients(made.parameters()), torch.optim.Adam(made.parameters(), lr=1e-3)
+    optimizer = build_optimizer(OptimConfig(), model.parameters(), loss.parameters(), half=made.half is not None)
+    return made, AveragedGradients(made.parameters()), optimizer
 
 
 def measure(me: Ranks, chosen: argparse.Namespace) -> dict:
-    """Seconds of each round for each way, what was counted, and what the formulas say."""
+    """Seconds of each round for each way, and of them the processor's; what was counted, and what the formulas say."""
     n = chosen.speakers // me.world_size
     generator = torch.Generator().manual_seed(me.rank)
     waves = torch.randn(2 * n, 160 * chosen.frames + 240, generator=generator).to(me.device) / 10
@@ -104,23 +110,25 @@ def measure(me: Ranks, chosen: argparse.Namespace) -> dict:
     names = ("exact", "groups", "local") if me.world_size > 1 else ("exact",)
     ways = {way: task(me, chosen, way) for way in names}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
+    busy: dict[str, list[float]] = {way: [] for way in ways}
     counted = {}
     for i in range(chosen.steps + 2):
         for way, parts in ways.items():
             with counting() as counted[way]:
                 wait(me)
-                begun = time.perf_counter()
+                begun, busy_before = time.perf_counter(), time.process_time()
                 one_step(*parts, inputs, way)
                 wait(me)
             if i >= 2:  # the first ones warm up
                 seconds[way].append(time.perf_counter() - begun)
+                busy[way].append(time.process_time() - busy_before)
     d, layers = shape_of(ways["exact"][0])
     made = ways["exact"][0]
     prototypes = 4 * d * (n + chosen.speakers)
     gradients = sum(p.numel() * p.element_size() for p in made.parameters() if p.requires_grad)
     formula = {"prototypes": prototypes, "BatchNorm": 16 * sum(layers), "gradients": gradients}
     alone = [meetings_alone(me, layers) for _ in range(chosen.steps)] if me.world_size > 1 else []
-    return {"seconds": seconds, "counted": counted, "formula": formula, "alone": alone}
+    return {"seconds": seconds, "busy": busy, "counted": counted, "formula": formula, "alone": alone}
 
 
 def meetings_alone(me: Ranks, layers: list[int]) -> float:
