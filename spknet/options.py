@@ -10,7 +10,6 @@ config = parse(["--config", "small_corpus", "--run_dir", "runs/a"])
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 import textwrap
@@ -19,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from shards.commands import did_you_mean
 from spknet.config import Config, ConfigError, from_dict, groups, nearest, to_dict
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -122,8 +122,7 @@ def recipe_path(name: str) -> Path:
     if path.is_dir():
         raise ConfigError(f"--config {name}: a folder, expected a YAML file or the name of a recipe")
     names = recipe_names()
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(name, names)
     raise ConfigError(f"--config {name}: no such file and no such recipe; {hint}recipes: {', '.join(names)}")
 
 

@@ -5,17 +5,17 @@ EVALUATION is the folder that `spknet.evaluate --untrained --out` wrote (default
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+from shards.commands import Parser
 from spknet.errors import run
 from spknet.train.metrics_log import read_metrics
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.summary", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tools.summary", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("evaluation", type=Path, nargs="?")
     chosen = parser.parse_args(argv)

@@ -16,6 +16,7 @@ import textwrap
 
 import torch
 
+from shards.commands import Parser
 from spknet.config import Config
 from spknet.errors import UserError
 from spknet.models import build_model
@@ -51,7 +52,7 @@ def cost(config: Config) -> tuple[float, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="spknet recipes", description=__doc__)
+    parser = Parser(prog="spknet recipes", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("word", nargs="?", default="", help="only recipes whose names hold this")
     chosen = parser.parse_args(argv)
