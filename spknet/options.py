@@ -53,7 +53,10 @@ def _read_words(argv: list[str]) -> tuple[list[str], dict[str, Any], bool]:
         word = words.pop(0)
         match = re.fullmatch(r"--([A-Za-z_][\w.]*)(?:=(.*))?", word, re.S)
         if not match:
-            raise ConfigError(f"{word!r} belongs to no option; options are written --group.name VALUE")
+            hint = (
+                f"did you mean --config {word}?" if word in recipe_names() else "options are written --group.name VALUE"
+            )
+            raise ConfigError(f"{word!r} belongs to no option; {hint}")
         name, given = match[1], [] if match[2] is None else [match[2]]
         several = name == "config" or _takes_several(kinds.get(name))
         while words and not words[0].startswith("--") and match[2] is None and (several or not given):
