@@ -1,7 +1,6 @@
 """A card says what development trials bear out, belongs to weights and not to a path, and is refused where it is damaged."""
 
 import json
-import json
 import shutil
 
 import numpy as np
