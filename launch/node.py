@@ -17,8 +17,9 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from launch import starts
+from launch import batch, starts
 from launch.processes import adopt_orphans, descendants, die_with_parent, has_ended, kill, wait
 from spknet.errors import UserError, run
 from spknet.train.run_folder import read_state
@@ -60,9 +61,11 @@ class Node:
                 command, start_new_session=True, preexec_fn=die_with_parent, stdin=subprocess.DEVNULL
             )
             self._watch()
-            return self.torchrun.wait()
         finally:
             kill(descendants(os.getpid()))
+        if self.state()["state"] not in ("failed", "done"):
+            batch.take_over([Path(self.run_dir)])
+        return self.torchrun.wait()
 
     def _watch(self) -> None:
         worked, since = False, time.monotonic()

@@ -152,7 +152,7 @@ def read_sweep(path: Path) -> dict:
     """The YAML file as a dict. Raises SubmitError for what is not a sweep."""
     try:
         sweep = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SubmitError(f"{path} is not YAML: {error}") from None
     if not isinstance(sweep, dict) or not (sweep.get("grid") or sweep.get("runs")):
         raise SubmitError(f"{path}: expected `grid:` (options with lists of values) or `runs:` (a list of options)")

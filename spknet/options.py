@@ -139,7 +139,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     path = recipe_path(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot read this YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
