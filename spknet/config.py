@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from spknet.errors import UserError
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, str_max_length=4096)
 
 # encoder, embedding_size, n_mels where not given: as published, by the beginning of the name; else SAP, 512, 40.
 PUBLISHED = {
