@@ -61,7 +61,10 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a subcommand; returns its exit status (2 for one that does not exist)."""
-    argv = sys.argv[1:] if argv is None else argv
+    return run(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> int:
     modules = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: spknet COMMAND [options]; spknet COMMAND --help tells its options")
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(modules)}"
         print(f"error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
         return USAGE
-    return run(importlib.import_module(modules[argv[0]]).main, argv[1:])
+    return importlib.import_module(modules[argv[0]]).main(argv[1:])
 
 
 def start() -> None:
