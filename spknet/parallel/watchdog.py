@@ -169,6 +169,8 @@ class Watchdog:
             self.last_acts(failure)
             for child in multiprocessing.active_children():
                 child.kill()  # loaders ignore gentler signals
+            if alone and not tell and self.me.local == 0:
+                torchrun.end_if_cut_off()
             if self.me.world_size > 1 and tell:
                 with contextlib.suppress(RuntimeError):
                     leave(meeting(), self.store)
