@@ -94,6 +94,16 @@ def test_half_a_set_of_variables_is_named():
         from_environment({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
     with pytest.raises(RankError, match="WORLD_SIZE='two'"):
         from_environment({"RANK": "0", "WORLD_SIZE": "two"})
+    with pytest.raises(RankError, match="WORLD_SIZE='.u00b2'|WORLD_SIZE='²'"):  # a digit, and no number
+        from_environment({"RANK": "0", "WORLD_SIZE": "²"})
+    with pytest.raises(RankError, match="RANK=0 of WORLD_SIZE=10000000"):
+        from_environment({"RANK": "0", "WORLD_SIZE": "10000000", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+
+
+def test_more_threads_than_any_machine_has_are_refused(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "999999999")
+    with pytest.raises(RankError, match="OMP_NUM_THREADS=999999999 in the environment; expected at most 1024"):
+        threads_of(Ranks())
 
 
 def test_an_interactive_shell_of_a_job_is_alone_and_srun_needs_no_scontrol():
