@@ -21,6 +21,7 @@ from pathlib import Path
 
 from launch import batch, starts
 from launch.processes import adopt_orphans, descendants, die_with_parent, has_ended, kill, wait
+from spknet.errors import UserError, run
 from spknet.train.run_folder import read_state
 
 # Seconds until torchrun is ended: without workers, or once the run is over, whatever lives.
@@ -104,7 +105,9 @@ class Node:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status of the command."""
-    run_dir, *command = sys.argv[1:] if argv is None else argv
+    run_dir, *command = (sys.argv[1:] if argv is None else argv) or [""]
+    if not command:
+        raise UserError("usage: python -m launch.node RUN COMMAND ..., such as: runs/a torchrun -m spknet.train ...")
     die_with_parent()  # a killed slurmstepd
     node = Node(run_dir)
     for number in PASSED_ON:
@@ -113,4 +116,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from launch import submit
+from shards.commands import Parser
 from spknet.errors import run
 from spknet.parallel.nodelist import expand
 from spknet.train.metrics_log import read_metrics
@@ -289,7 +290,9 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 where a run was not what it should be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m tools.cluster_trials", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--speech", type=Path, required=True, help="folder with train_list.txt and dev_list.txt")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; must be new")
     parser.add_argument("--sandbox", type=Path, help="program with stop-node and start-node")
