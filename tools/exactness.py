@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from shards.commands import Parser
 from spknet.parallel import gather
 from spknet.train.metrics_log import read_metrics
 
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
         with local_losses():
             return train([*argv[1:], "--train.sync_batchnorm", "false"])
-    parser = argparse.ArgumentParser(prog="python -m tools.exactness", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tools.exactness", description=__doc__.splitlines()[0])
     parser.add_argument("--shards", required=True, help="packed training data")
     parser.add_argument("--trials", required=True)
     parser.add_argument("--root", required=True)

@@ -25,6 +25,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from shards import errors
+from shards.commands import Parser
 from shards.format import atomic_write
 from shards.pack import pack
 from tools import musan
@@ -237,8 +238,8 @@ DATAPREP = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def parser() -> Parser:
+    p = Parser(
         "spknet voxceleb",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
