@@ -35,7 +35,7 @@ from spknet.evaluate.lists import open_lists
 from spknet.evaluate.utterances import Sources
 from spknet.use import int8, onnx_file
 from spknet.use.network import Network, load
-from spknet.use.onnx_file import OnnxNetwork
+from spknet.use.onnx_file import ExportError, OnnxNetwork
 
 FORMATS = {".onnx": "onnx", ".pt2": "pt2", ".model": "voxceleb_trainer"}
 LONGEST = 10  # seconds of an utterance that int8 is learned or judged on
