@@ -10,6 +10,7 @@ UserError whose text says what was found, what was expected and what to do; `run
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -66,3 +67,13 @@ def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None =
             raise
         print(f"error: {of_system(error)}", file=sys.stderr)
     return USAGE
+
+
+def told(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int]:
+    """Decorates a command whose callers need not know of `run`: what is usable without the `spknet` command."""
+
+    @functools.wraps(main)
+    def command(argv: list[str] | None = None) -> int:
+        return run(main, argv)
+
+    return command

@@ -30,7 +30,6 @@ from shards import errors
 from shards.format import atomic_write, remove_leftovers
 from shards.pack import pack
 from spknet import rng
-from spknet.errors import run
 from tools.voxceleb.download import Access, fetch_all
 from tools.voxceleb.extract import ArchiveError, check_members, name_problem
 from tools.voxceleb.files import read_checksums
@@ -184,11 +183,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str] | None = None) -> int:
-    return errors.run(_main, argv)
-
-
-def _main(argv: list[str] | None) -> None:
+@errors.told
+def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     options.shards = options.shards or options.save_path / "shards"
     unknown = set(options.sets.split(",")) - {"musan", "rirs"}
@@ -204,4 +200,4 @@ def _main(argv: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main())
