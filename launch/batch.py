@@ -8,6 +8,7 @@
 In submitit's script `--submitted FOLDER` stands for RUN: the runs of the job are those of its pickle.
 
 The script asks for the requeue and nothing below it does, so that a killed task, torchrun or srun ends as any other death.
+Where the script is lost with its node, the tasks of the other nodes take its place (take_over).
 
     done      the job is over                                 failed    an error of the run: never requeued
     requeue   saved on a signal: requeue                      running   the ranks are gone without a word: requeue
@@ -15,8 +16,11 @@ The script asks for the requeue and nothing below it does, so that a killed task
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,14 +28,16 @@ from pathlib import Path
 
 from launch import jobs, starts
 from launch.log_text import blamed_hosts, killed_ranks
-from launch.processes import descendants, kill
+from launch.processes import descendants, kill, wait
 from spknet.errors import UserError, run
 from spknet.parallel.nodelist import expand
-from spknet.train.run_folder import read_state, write_state
+from spknet.train.run_folder import job_id, read_state, write_state
 
 SECONDS_TO_LEAVE = 60  # SLURM kills the script of a requeued job in that time
 OVER_SECONDS = 16  # longer than a restart by torchrun takes to say `running` again
 REFUSED = 2
+TRIES = 3  # a slurmd that is started again answers after a second
+CONNECT_SECONDS = 3  # a lost host does not even refuse
 
 
 def begin(runs: list[Path], ranks_per_node: int) -> int:
@@ -82,6 +88,23 @@ def end(runs: list[Path]) -> int:
         bad = sorted({node for folder in runs for node in starts.bad_nodes(folder)})
         requeue(job, bad if _enough_without(bad) else [])
     return int(any((starts.said_since_start(folder) or {}).get("state") != "done" for folder in runs))
+
+
+def take_over(runs: list[Path]) -> None:
+    """In a task of another node, whose torchrun has ended: `end` in the script's place, where its node is lost.
+
+    SLURM would notice after SlurmdTimeout, minutes on most clusters. Does nothing where the first node's slurmd answers.
+    """
+    if os.environ.get("SLURM_NODEID", "0") == "0":
+        return
+    first = expand(os.environ["SLURM_JOB_NODELIST"])[0]
+    if not _is_lost(first):
+        return
+    print(f"{first}, the job's first node, is lost: its slurmd does not answer", file=sys.stderr, flush=True)
+    for folder in runs:
+        starts.note_end(folder, "died", [first])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which SLURM sends next: there is nothing left to save
+    end(runs)
 
 
 def watch(runs: list[Path]) -> int:
@@ -142,17 +165,30 @@ def blamed(folder: Path, said: dict | None) -> list[str]:
     return next((one for one in (named, killed, aborted) if len(one) == 1), [])
 
 
+def _is_lost(node: str) -> bool:
+    """Whether a node's slurmd cannot be reached; False where SLURM does not say where it listens."""
+    said = jobs.ask("scontrol", "show", "node", node) or ""
+    address, port = re.search(r"NodeAddr=(\S+)", said), re.search(r"\bPort=(\d+)", said)
+    port = port or re.search(r"SlurmdPort += (\d+)", jobs.ask("scontrol", "show", "config") or "")
+    for _ in range(TRIES if address and port else 0):
+        with contextlib.suppress(OSError):
+            socket.create_connection((address[1], int(port[1])), CONNECT_SECONDS).close()
+            return False
+        time.sleep(1)
+    return bool(address and port)
+
+
 def _note_lost_nodes(folder: Path, job: str) -> None:
     """A start that nobody has said the end of: a node was lost (SLURM knows which), or the job was requeued by hand."""
     earlier = starts.read_starts(folder)
     if not earlier or "ended" in earlier[-1]:
         return
-    failed = (
-        jobs.ask("sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "FailedNode") if earlier[-1]["job"] == job else ""
-    )
-    names = [line for line in (failed or "").split() if line != "None"]
     told = sum(bool(s.get("blamed")) for s in earlier if s["job"] == job and s.get("ended") == "lost")
-    starts.note_end(folder, "lost", names[told:][-1:])
+    failed = jobs.ask("sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "FailedNode")
+    if failed is None:  # SLURM 22.05 has no such field: a node that is still down
+        told, failed = 0, jobs.ask("sinfo", "-h", "-N", "-t", "down", "-n", ",".join(earlier[-1]["nodes"]), "-o", "%N")
+    names = [line for line in (failed or "").split() if line != "None"]
+    starts.note_end(folder, "lost", names[told:][-1:] if earlier[-1]["job"] == job else [])
 
 
 def _enough_without(bad: list[str]) -> bool:
@@ -180,14 +216,21 @@ def _log(job: str) -> str | None:
     return lines[0] if lines else None
 
 
+def _submitted(folder: str):
+    """The launch.task.Task that this job was submitted with. submitit writes it after sbatch has returned."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    path = JobPaths(folder, job_id=job_id()).submitted_pickle
+    wait(60, path.exists)
+    return DelayedSubmission.load(path).function
+
+
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if len(words) < 2 or words[0] not in ("begin", "watch", "end"):
         raise UserError("usage: python -m launch.batch begin|watch|end RUN...")
     if words[1] == "--submitted":  # submitit's folder: the runs stand in the job's pickle
-        from launch.task import submitted
-
-        task = submitted(words[2])
+        task = _submitted(words[2])
         runs, ranks = task.runs(), task.ranks_per_node
     else:
         runs, ranks = [Path(word).absolute() for word in words[1:]], int(os.environ.get("RANKS_PER_NODE", 1))

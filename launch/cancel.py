@@ -17,6 +17,7 @@ from pathlib import Path
 from launch import jobs
 from launch.jobs import ALIVE
 from launch.status import ACTIVE, run_status, runs_in, slurm_jobs
+from shards.commands import Parser
 from spknet.errors import UserError, run
 from spknet.train.run_folder import write_json
 
@@ -54,9 +55,7 @@ def cancel(folder: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0; 2 where there is nothing to cancel."""
-    parser = argparse.ArgumentParser(
-        prog="spknet cancel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="spknet cancel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a run's folder or a sweep's")
     options = parser.parse_args(argv)
     runs = runs_in(options.folder)

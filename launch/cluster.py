@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from shards.commands import Parser
 from spknet.errors import UserError
 
 OURS = {  # options of sbatch that launch sets itself, and what to use
@@ -115,7 +116,7 @@ def profile_words() -> list[str]:
 
 def words_of(values: Any, where: str) -> list[str]:
     """A mapping of cluster options as words. Raises SubmitError naming the unknown key."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     add_cluster_options(parser)
     parser.add_argument("--name")
     known = {o.removeprefix("--"): action for action in parser._actions for o in action.option_strings}

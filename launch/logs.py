@@ -16,6 +16,7 @@ from launch.jobs import read_job
 from launch.log_text import plain
 from launch.starts import read_starts
 from launch.status import ACTIVE, statuses
+from shards.commands import Parser
 from spknet.errors import UserError, run
 
 FOLLOW_SECONDS = 0.5
@@ -68,9 +69,7 @@ def follow(path: Path, at: int, ended) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0; 2 for a folder without logs."""
-    parser = argparse.ArgumentParser(
-        prog="spknet logs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="spknet logs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--follow", action="store_true", help="go on printing until the run has ended")
     parser.add_argument("--rank", type=int, help="of this rank alone (all ranks of node 0)")

@@ -17,9 +17,11 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from launch import starts
+from launch import batch, starts
 from launch.processes import adopt_orphans, descendants, die_with_parent, has_ended, kill, wait
+from spknet.errors import UserError, run
 from spknet.train.run_folder import read_state
 
 # Seconds until torchrun is ended: without workers, or once the run is over, whatever lives.
@@ -59,9 +61,11 @@ class Node:
                 command, start_new_session=True, preexec_fn=die_with_parent, stdin=subprocess.DEVNULL
             )
             self._watch()
-            return self.torchrun.wait()
         finally:
             kill(descendants(os.getpid()))
+        if self.state()["state"] not in ("failed", "done"):
+            batch.take_over([Path(self.run_dir)])
+        return self.torchrun.wait()
 
     def _watch(self) -> None:
         worked, since = False, time.monotonic()
@@ -101,7 +105,9 @@ class Node:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status of the command."""
-    run_dir, *command = sys.argv[1:] if argv is None else argv
+    run_dir, *command = (sys.argv[1:] if argv is None else argv) or [""]
+    if not command:
+        raise UserError("usage: python -m launch.node RUN COMMAND ..., such as: runs/a torchrun -m spknet.train ...")
     die_with_parent()  # a killed slurmstepd
     node = Node(run_dir)
     for number in PASSED_ON:
@@ -110,4 +116,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

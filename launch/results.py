@@ -25,6 +25,7 @@ import yaml
 from launch.jobs import read_json
 from launch.status import aligned, run_status, runs_in, slurm_jobs
 from launch.sweep import short
+from shards.commands import Parser
 from spknet.errors import run
 from spknet.train.metrics_log import read_metrics
 
@@ -43,9 +44,7 @@ class Row:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0; 1 where no run has an evaluation yet; 2 for a folder without runs (StatusError)."""
-    parser = argparse.ArgumentParser(
-        prog="spknet results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="spknet results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a sweep's folder, or one with runs in it")
     parser.add_argument("--format", choices=["text", "csv", "markdown"], default="text", help="of the table (text)")
     parser.add_argument("--metrics", nargs="+", default=list(METRICS), help="names in metrics.jsonl's `eval`")

@@ -25,6 +25,7 @@ from launch import jobs
 from launch.jobs import WAITING, breathes, read_json, slurm_jobs
 from launch.log_text import killed_ranks, last_life, plain
 from launch.starts import newest_checkpoint_step
+from shards.commands import Parser
 from spknet.errors import UserError, run
 from spknet.train.metrics_log import read_metrics
 
@@ -55,9 +56,7 @@ class Status:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0; 1 where a run failed; 2 for a folder without runs (StatusError)."""
-    parser = argparse.ArgumentParser(
-        prog="spknet status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="spknet status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a sweep's folder or a run's")
     parser.add_argument(
         "--watch", nargs="?", type=float, const=10.0, metavar="SECONDS", help="until all runs have ended"

@@ -20,14 +20,13 @@ from pathlib import Path
 
 from launch import checks, cluster, jobs
 from launch.cluster import SubmitError, ranks_per_node, split_words
+from shards.commands import Parser
 from spknet.config import Config
 from spknet.errors import run
 
 
-def parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
-        prog="spknet submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> Parser:
+    own = Parser(prog="spknet submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cluster.add_cluster_options(own)
     own.add_argument("--name", help="the job's name (the run folder's)")
     own.add_argument("--dry-run", action="store_true", help="check, and print what would be submitted")
@@ -188,7 +187,7 @@ def words_again(options: argparse.Namespace) -> list[str]:
 
 def cluster_keys() -> set[str]:
     """Names in the namespace of the options that add_cluster_options makes."""
-    known = argparse.ArgumentParser(add_help=False)
+    known = Parser(add_help=False)
     cluster.add_cluster_options(known)
     return {action.dest for action in known._actions}
 

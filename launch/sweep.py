@@ -37,6 +37,7 @@ import yaml
 from launch import checks, cluster, submit
 from launch.cluster import SubmitError
 from launch.status import aligned, run_status, slurm_jobs
+from shards.commands import Parser
 from spknet.errors import UserError
 from spknet.train.run_folder import write_json
 
@@ -57,9 +58,7 @@ class Run:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0; 2 for a sweep that cannot be submitted."""
-    parser = argparse.ArgumentParser(
-        prog="spknet sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="spknet sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", help="a YAML file, or the name of an installed sweep")
     parser.add_argument("--dir", type=Path, help="folder of the sweep (runs/NAME OF THE FILE)")
     parser.add_argument("--at-once", type=cluster.positive, help="runs at once (8)")
@@ -153,7 +152,7 @@ def read_sweep(path: Path) -> dict:
     """The YAML file as a dict. Raises SubmitError for what is not a sweep."""
     try:
         sweep = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SubmitError(f"{path} is not YAML: {error}") from None
     if not isinstance(sweep, dict) or not (sweep.get("grid") or sweep.get("runs")):
         raise SubmitError(f"{path}: expected `grid:` (options with lists of values) or `runs:` (a list of options)")

@@ -198,13 +198,6 @@ def own_log(place: Place) -> Path:
     return JobPaths(folder, job_id=job_id(), task_id=place.node).stderr
 
 
-def submitted(folder: str) -> Task:
-    """What this job was submitted with, in the batch script. submitit writes it after sbatch has returned."""
-    path = JobPaths(folder, job_id=job_id()).submitted_pickle
-    wait(60, path.exists)
-    return DelayedSubmission.load(path).function
-
-
 def grace_seconds(signal_delay: int) -> int:
     """Seconds that a run has for saving: the rest of the delay is for the requeue."""
     return max(signal_delay - MARGIN_SECONDS, signal_delay // 2)

@@ -73,6 +73,8 @@ def telling(name: str) -> Iterator[None]:
         raise
     except MemoryError:
         raise ShardError(f"{name}: too long for this machine's memory; cut it") from None
+    except soundfile.LibsndfileError as error:  # its own text begins with a Python object
+        raise ShardError(f"{name}: not readable as audio ({error.error_string.rstrip('.')}); get it again") from None
     except Exception as error:  # decoders raise whatever they like: ValueError, RuntimeError, struct.error, ...
         raise ShardError(f"{name}: not readable as audio ({type(error).__name__}: {error})") from None
 

@@ -27,6 +27,7 @@ import warnings
 from pathlib import Path
 
 from shards import format
+from shards.commands import command
 from shards.format import ShardError
 
 NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "glusterfs", "afs", "fuse.", "9p", "pvfs")
@@ -170,7 +171,7 @@ def _copy_checked(source: Path, entry: dict, fd: int, progress) -> None:
     if piece or position != entry["filesize"] or digest.hexdigest() != entry["sha256"]:
         os.ftruncate(fd, 0)
         raise ShardError(
-            f"{source}: its size or sha256 is not the one in index.json: damaged; `python -m shards.verify` says what is affected"
+            f"{source}: its size or sha256 is not the one in index.json: damaged; `{command('check')}` says what is affected"
         )
     os.fsync(fd)
 

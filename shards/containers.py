@@ -57,6 +57,19 @@ def _cut(name: str, what: str) -> ShardError:
     return ShardError(f"{name}: cut or damaged: {what}; get the file again")
 
 
+def _several(kind: str, name: str) -> ShardError:
+    return ShardError(f"{name}: several {kind} streams in one file, expected one; convert it with ffmpeg")
+
+
+def _nothing_behind(data: bytes, end: int, name: str) -> None:
+    """Behind the length that a header tells there may be zeros: else it is wrong, or a second recording stands there."""
+    if data[end:].strip(b"\0"):
+        raise ShardError(
+            f"{name}: {len(data) - end} bytes stand behind the length that its header tells: several recordings in one"
+            " file, or a wrong header; split it, or write it again"
+        )
+
+
 def ogg_crc(page: bytes) -> int:
     """CRC-32 of an Ogg page: polynomial 0x04c11db7, bits not reversed, start 0. zlib's is the reversed one."""
     raw = zlib.crc32(page.translate(REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
@@ -81,7 +94,7 @@ def check_ogg(data: bytes, name: str) -> None:
         if ogg_crc(bytes(page)) != crc:
             raise _cut(name, f"the sum of the Ogg page at byte {position} is wrong")
         if serial not in (None, page_serial) or ended:
-            raise ShardError(f"{name}: several Ogg streams in one file, expected one; convert it with ffmpeg")
+            raise _several("Ogg", name)
         if number is not None and sequence != number + 1:
             raise _cut(name, f"Ogg page {number + 1} is missing")
         position, number, serial, ended = end, sequence, page_serial, bool(flags & 4)
@@ -90,7 +103,9 @@ def check_ogg(data: bytes, name: str) -> None:
 
 
 def check_flac(data: bytes, name: str) -> None:
-    """A length in the header is compared when it is decoded; without one the last frame must end with the file."""
+    """One stream, and its last frame ends where the header says; the decoder compares the sum of all samples."""
+    if data.find(flac.BEGIN, 1) > 0:
+        raise _several("FLAC", name)
     flac.with_length(data, name)
 
 
@@ -107,6 +122,8 @@ def _walk(data: bytes, name: str, position: int, step: Callable[[bytes, int], in
 
 def check_mp4(data: bytes, name: str) -> None:
     def box(data: bytes, at: int) -> int:
+        if at and data[at + 4 : at + 8] == b"ftyp":
+            raise _several("MP4", name)
         size = int.from_bytes(data[at : at + 4], "big")
         if size == 0:
             return len(data)
@@ -135,6 +152,8 @@ def check_caf(data: bytes, name: str) -> None:
 
 def check_w64(data: bytes, name: str) -> None:
     def chunk(data: bytes, at: int) -> int:
+        if data[at : at + 8] == W64_ID:
+            raise _several("W64", name)
         end = at + int.from_bytes(data[at + 16 : at + 24], "little")
         return end if end == len(data) else end + (at - end) % 8
 
@@ -144,7 +163,9 @@ def check_w64(data: bytes, name: str) -> None:
 def check_au(data: bytes, name: str) -> None:
     offset, size = struct.unpack_from(">II", data.ljust(24, b"\0"), 4)
     if size != 0xFFFFFFFF and offset + size > len(data):
-        raise _cut(name, f"its header promises {size} bytes of audio, {len(data) - offset} are there")
+        raise _cut(name, f"its header promises {size} bytes of audio, {max(0, len(data) - offset)} are there")
+    if size != 0xFFFFFFFF:
+        _nothing_behind(data, offset + size, name)
 
 
 def check_sphere(data: bytes, name: str) -> None:
@@ -154,8 +175,11 @@ def check_sphere(data: bytes, name: str) -> None:
         need = int(fields["sample_count"]) * int(fields.get("sample_n_bytes", 2)) * int(fields.get("channel_count", 1))
     except (ValueError, KeyError):
         raise _cut(name, "its SPHERE header gives no length") from None
-    if "pcm" in fields.get("sample_coding", "pcm") and len(data) - head < need:
-        raise _cut(name, f"its header promises {need} bytes of audio, {len(data) - head} are there")
+    if fields.get("sample_coding", "pcm") != "pcm":
+        return
+    if len(data) - head < need:
+        raise _cut(name, f"its header promises {need} bytes of audio, {max(0, len(data) - head)} are there")
+    _nothing_behind(data, head + need, name)
 
 
 def check_webm(data: bytes, name: str) -> None:
@@ -181,6 +205,8 @@ def check_asf(data: bytes, name: str) -> None:
     size = int.from_bytes(data[at + 40 : at + 48], "little") if at >= 0 else 0
     if at < 0 or (size and size > len(data)):
         raise _cut(name, f"its header promises {size} bytes, {len(data)} are there")
+    if size:
+        _nothing_behind(data, size, name)
 
 
 def check_amr(data: bytes, name: str) -> None:

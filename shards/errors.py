@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 USAGE = 2  # exit status: something the user gave is wrong
 INTERRUPTED = 130  # exit status: Ctrl-C
+LONGEST = 2000  # characters of a message: a line of megabytes that is no list need not be shown whole
 REMEDIES = {
     errno.ENOSPC: "the disk is full; make room and start the same command again",
     errno.EDQUOT: "the quota is used up; make room and start the same command again",
@@ -44,8 +45,10 @@ def of_system(error: OSError) -> UserError:
 
 
 def printable(text: str) -> str:
-    """A text that may hold file names of any bytes, as any terminal can show it."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """A text that may hold names of any bytes, as any terminal can show it: no control characters, not too long."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
@@ -65,7 +68,7 @@ def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None =
     except OSError as error:
         if error.errno is None:
             raise
-        print(f"error: {of_system(error)}", file=sys.stderr)
+        print(f"error: {printable(str(of_system(error)))}", file=sys.stderr)
     return USAGE
 
 

@@ -6,6 +6,7 @@ Usage: wavs = ffmpeg_to_wavs([data], ["a.m4a"])
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -59,7 +60,7 @@ def _convert(files: list[bytes], names: list[str], outputs: list[int]) -> None:
     if any("matches no streams" in line for line in complaints):
         raise ShardError(f"{names[0]}: no audio in it, or a picture alone; give a recording")
     if result.returncode or complaints:  # it may go on past damage, and end well
-        reason = complaints[-1] if complaints else f"it ended with {result.returncode}"
+        reason = re.sub(" @ 0x[0-9a-f]+", "", complaints[-1]) if complaints else f"it ended with {result.returncode}"
         raise ShardError(f"{names[0]}: ffmpeg cannot read it ({ascii(reason)[1:-1]})")
     for fd, name in zip(outputs, names):
         _check_length(fd, name)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.commands import command
 from shards.errors import UserError
 
 VERSION = 1
@@ -55,7 +56,7 @@ TAR = np.dtype(
 )
 CHECKED = ROW.itemsize - 2
 MAX_NPY_HEADER = 4096
-REMAKE = "make the index again with `python -m shards.pack --out OUT --merge`"
+REMAKE = f"make the index again with `{command('pack')} --out OUT --merge`"
 DEVICE_NAMES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import cache, format, plan
+from shards.commands import command
 from shards.format import REMAKE, ROW, TAR, VERSION, ShardError
 
 KIND = "spknet-shards"
@@ -234,7 +235,7 @@ def read_meta(out: Path, shardlist: bool = True) -> dict:
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(
             f"{path} is missing: {out} is not a packed data set, or is not packed to the end; "
-            "run the same `python -m shards.pack` again, or --merge after the last --task"
+            f"run the same `{command('pack')}` again, or --merge after the last --task"
         ) from None
     problem = None
     try:

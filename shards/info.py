@@ -1,17 +1,17 @@
 """What a packed data set holds: a small table and two histograms in the terminal.
 
-Usage: python -m shards.info data/shards/vox2
+Usage: spknet stats data/shards/vox2
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from shards import errors, index
+from shards.commands import Parser, command
 
 WIDTH = 40  # characters of the longest bar
 BINS = 10
@@ -58,7 +58,7 @@ def histogram(title: str, values: np.ndarray) -> list[str]:
 
 @errors.told
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser("python -m shards.info", description="What packed data sets hold.")
+    p = Parser(command("stats"), description="What packed data sets hold.")
     p.add_argument("out", nargs="+", type=Path, help="folder of a packed data set")
     for out in p.parse_args(argv).out:
         print(f"{out}\n{describe(index.open_index(out))}")

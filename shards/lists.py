@@ -112,8 +112,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                 yield number, line.rstrip("\n")
 
 
-def parse_line(text: str, root: str) -> tuple[str, str, str]:
-    """`speaker path` -> (speaker, key, source). Raises ShardError with the rule that it breaks."""
+def speaker_and_path(text: str) -> tuple[str, str]:
+    """The two parts of a line. Raises ShardError where it is not UTF-8, or has one part only."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -121,7 +121,12 @@ def parse_line(text: str, root: str) -> tuple[str, str, str]:
     words = re.split(r"[ \t]+", text.strip(" \t"), maxsplit=1)
     if len(words) != 2:
         raise ShardError(f"found {ascii(text)}, expected `speaker path`")
-    speaker, path = words
+    return words[0], words[1]
+
+
+def parse_line(text: str, root: str) -> tuple[str, str, str]:
+    """`speaker path` -> (speaker, key, source). Raises ShardError with the rule that it breaks."""
+    speaker, path = speaker_and_path(text)
     path = below(root, path)
     member = archive.split(path)[1]
     key = key_of(speaker, member if member is not None else path)

@@ -19,11 +19,12 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from shards import archive, audio, format, headers, plan
+from shards import archive, audio, flac, format, headers, plan
 from shards.format import ShardError
 from shards.lists import read_list
 from shards.utterances import Names, as_batch, check_bounds, check_rows, repeated, search_sorted
 
+FLAC_TAIL = 1 << 16  # bytes in which the last frame of a FLAC begins
 BY_OFFSET, BY_SEEKING, BY_DECODING = range(3)  # how a crop is read
 # changed: the file's ctime in ns, which no program can set back, and its size: equal as long as nobody wrote to it.
 FILE = np.dtype([("offset", "<u8"), ("samples", "<u4"), ("way", "u1"), ("size", "<u8"), ("changed", "<i8")])
@@ -143,6 +144,12 @@ class LooseUtterances:
         self._table[row] = new
 
 
+def _ends_there(fd: int, header: headers.Header) -> bool:
+    """Whether the length in a FLAC's header is that of its last frame."""
+    tail = os.pread(fd, FLAC_TAIL, max(0, header.size - FLAC_TAIL))
+    return flac.ends_at(tail, header.samples, int.from_bytes(os.pread(fd, 2, 8), "big"))
+
+
 def describe(fd: int, path: str, sample_rate: int) -> tuple:
     """A FILE of an open file. Raises ShardError where it is not mono 16-bit audio at sample_rate (Hz)."""
     header, changed = headers.header_of(fd, path), os.fstat(fd).st_ctime_ns
@@ -151,7 +158,7 @@ def describe(fd: int, path: str, sample_rate: int) -> tuple:
             raise ShardError(f"{path}: no audio in it ({header.samples} samples); leave it out of the list")
         return header.offset, header.samples, BY_OFFSET, header.size, changed
     known = (header.rate, header.channels, f"PCM_{header.bits}")
-    if header.container == "FLAC" and header.samples and header.samples <= format.MAX_SAMPLES:
+    if header.container == "FLAC" and 0 < (header.samples or 0) <= format.MAX_SAMPLES and _ends_there(fd, header):
         problem = audio.mismatch(known, sample_rate)
         if problem:
             raise ShardError(f"{path}: {problem}; convert it, or pack the list with --convert")

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards import errors, lists
+from shards.commands import Parser, command
 from shards.format import ShardError, refuse_overwriting, write_file
 
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".aac", ".webm", ".mka")
@@ -220,10 +221,8 @@ def summary(pairs: list[tuple[str, str]]) -> str:
     return line + (f"; {few:,} speakers with a single one, too few for M = 2" if few else "")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "spknet lists", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> Parser:
+    p = Parser(command("lists"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--root", type=Path, required=True, help="folder of the corpus; paths in the list start from it")
     p.add_argument("--out", type=Path, required=True, help="the list to write")
     p.add_argument("--pattern", help="of paths below the root, with {speaker} in it")

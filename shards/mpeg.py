@@ -41,13 +41,13 @@ def starts_mp3(head: bytes) -> bool:
     return head.startswith(b"ID3") or frame_bytes(head[:4]) > 0
 
 
-def _first_frame(data: bytes) -> int:
-    """Where the frames begin: behind the ID3 tags."""
-    position = 0
-    while data[position : position + 3] == b"ID3" and position + 10 <= len(data):
+def _behind_tags(data: bytes, position: int = 0) -> int:
+    """Where the frames begin: behind tags and zeros that stand at a position."""
+    while data[position : position + 3] in (b"ID3", b"TAG") and position + 10 <= len(data):
         size = data[position + 6 : position + 10]
         footer = 10 if data[position + 5] & 0x10 else 0
-        position += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3]) + footer
+        old = data[position : position + 3] == b"TAG"
+        position += 128 if old else 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3]) + footer
     while position < len(data) and not data[position]:  # some writers fill up with zeros
         position += 1
     return position
@@ -55,13 +55,15 @@ def _first_frame(data: bytes) -> int:
 
 def _frames(data: bytes, name: str) -> tuple[int, int, int]:
     """(first byte, bytes of the first frame, frames) of an MP3. Raises ShardError where frames do not follow each other."""
-    start = position = _first_frame(data)
+    start = position = _behind_tags(data)
     count, first = 0, frame_bytes(data[start : start + 4])
     while position < len(data):
         size = frame_bytes(data[position : position + 4])
         if not size:
             rest = data[position : position + 8]
             if count and (rest.startswith(TAGS) or not data[position:].strip(b"\0")):
+                if frame_bytes(data[_behind_tags(data, position) :][:4]):
+                    raise ShardError(f"{name}: several MP3 streams in one file, expected one; convert it with ffmpeg")
                 break
             raise ShardError(f"{name}: cut or damaged: no MPEG frame at byte {position}; get the file again")
         if position + size > len(data):

@@ -4,8 +4,8 @@ Each tar is written by one process under a temporary name, hashed while it is wr
 the commit record, the same way. A tar whose part agrees with the plan and whose size agrees with the part is kept when
 the command runs again. The index is made from the parts (shards.parts.merge), index.json last.
 
-Usage: python -m shards.pack --list train_list.txt --root voxceleb2/dev/wav --out data/shards/vox2 --workers 8
-       python -m shards.pack ... --task 3/16      (each on its own machine), then: python -m shards.pack --out OUT --merge
+Usage: spknet pack --list train_list.txt --root voxceleb2/dev/wav --out data/shards/vox2 --workers 8
+       spknet pack ... --task 3/16      (each on its own machine), then: spknet pack --out OUT --merge
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from shards import audio, errors, format, index, lists, parts, plan, report
 from shards.archive import read_source
 from shards.claim import only_writer, room
+from shards.commands import Parser, command
 from shards.format import BLOCK, ROW, ShardError
 
 TICK = 32  # utterances between two reports of a worker
@@ -288,10 +289,8 @@ def parse_task(text: str) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[1])
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "python -m shards.pack", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def parser() -> Parser:
+    p = Parser(command("pack"), description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--list", help="lines `speaker path`; path may be ARCHIVE.zip::member or ARCHIVE.tar::member")
     p.add_argument("--root", default=".", help="folder that the paths start from")
     p.add_argument("--out", required=True, help="folder of the packed data set")

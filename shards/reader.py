@@ -3,7 +3,7 @@
 A batch is sorted by (tar, offset), announced to the kernel (posix_fadvise WILLNEED, which halves cold reads), then read. Tars are
 never mapped; at most 256 are open in a process, and a forked process opens its own. A tar's size and first header are checked at
 its first touch, a row's CRC at every use, the length at every read, the crc32 of the audio when a whole utterance is read. A crop
-of WAV shards cannot be checked against a sum of the whole: `python -m shards.verify` does that.
+of WAV shards cannot be checked against a sum of the whole: `spknet check` does that.
 
 Usage: utterances = open_shards("data/shards/vox2"); utterances.read_batch(rows, starts, out)  # (n, samples) int16
 """
@@ -19,6 +19,7 @@ import numpy as np
 
 from shards import audio, format, index, union
 from shards.cache import Cache
+from shards.commands import command
 from shards.format import ShardError
 from shards.loose import open_files
 from shards.tars import MAX_OPEN, Tars
@@ -153,7 +154,7 @@ class PackedUtterances:
         if found != entry["crc32"]:
             raise ShardError(
                 f"{self._tars.path(shard)}: utterance {self.key(row)}: crc32 {found:08x}, expected {entry['crc32']:08x}: "
-                "the audio is damaged; pack it again (`python -m shards.verify` lists all that is)"
+                f"the audio is damaged; pack it again (`{command('check')}` lists all that is)"
             )
         return data
 

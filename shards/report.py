@@ -7,7 +7,7 @@
 
 Everything stands in the part files, so the report of a data set can be made at any time, without packing again.
 
-Usage: python -m shards.pack ... --report report.txt --report-crop 2      (and report.json beside it)
+Usage: spknet pack ... --report report.txt --report-crop 2      (and report.json beside it)
 """
 
 from __future__ import annotations

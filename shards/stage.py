@@ -2,12 +2,11 @@
 
 Each tar's sha256 is checked while it is copied. Several processes may stage the same data at once: each tar is copied by one.
 
-Usage: python -m shards.stage data/shards/vox2 /local/scratch/spknet --limit-gib 500
+Usage: spknet stage data/shards/vox2 /local/scratch/spknet --limit-gib 500
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from shards import errors, index
 from shards.cache import Cache
+from shards.commands import Parser, command
 from shards.format import ShardError
 
 
@@ -37,7 +37,7 @@ def stage(out: str | Path, cache_dir: str | Path, limit_gib: float = 0.0, progre
 
 @errors.told
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser("python -m shards.stage", description="Copy a packed data set to a node's own disk.")
+    p = Parser(command("stage"), description="Copy a packed data set to a node's own disk.")
     p.add_argument("out", help="folder of a packed data set")
     p.add_argument("cache", help="folder on the node's own disk")
     p.add_argument("--limit-gib", type=float, default=0.0, help="largest size of the cache; 0: no limit")

@@ -3,12 +3,11 @@
 Each tar is read once: its sha256 goes over everything, and beside it every member's header, name and crc32 are compared with the index, so that
 a damaged tar names its damaged utterances. Then the index itself, the part files and SHA256SUMS.
 
-Usage: python -m shards.verify data/shards/vox2 --workers 8     (exit status 1 on any damage)
+Usage: spknet check data/shards/vox2 --workers 8     (exit status 1 on any damage)
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import os
@@ -22,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from shards import errors, format, index, plan
+from shards.commands import Parser, command
 from shards.format import BLOCK, ShardError
 
 SHOWN = 10  # affected utterances printed for a tar
@@ -223,7 +223,7 @@ def print_report(out: str | Path, report: Report) -> None:
 
 @errors.told
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser("python -m shards.verify", description="Check every byte of packed data sets.")
+    p = Parser(command("check"), description="Check every byte of packed data sets.")
     p.add_argument("out", nargs="+", help="folder of a packed data set")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
     p.add_argument("--list", metavar="FILE", help="write every affected utterance and the reason to FILE")

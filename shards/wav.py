@@ -70,14 +70,17 @@ def parse(read: Read, size: int, name: str) -> Wave:
             raise ShardError(f"{name}: cut or damaged: no data chunk in its {size} bytes")
         chunk, length = struct.unpack("<4sI", head)
         if chunk == b"data":
-            return _with_data(
-                read, size, name, (form, fact), position + 8, big if length == 0xFFFFFFFF and big else length
-            )
+            if length == 0xFFFFFFFF and big and position + 8 + big > size:
+                raise ShardError(
+                    f"{name}: cut: its header promises {big} bytes of audio, {size - position - 8} are there"
+                )
+            length = big if length == 0xFFFFFFFF and big else length
+            return _with_data(read, size, name, (form, fact), position + 8, length)
         if chunk == b"fmt ":
             form = head + read(position + 8, min(length, 4096))
         elif chunk == b"fact":
             fact = head + read(position + 8, min(length, 64))
-        elif chunk == b"ds64":
+        elif chunk == b"ds64":  # 0 from a pipe
             big = struct.unpack_from("<Q", read(position + 8, 16).ljust(16, b"\0"), 8)[0]
         position += 8 + length + length % 2
 
@@ -89,6 +92,10 @@ def _with_data(read: Read, size: int, name: str, chunks: tuple[bytes, bytes], of
     tag, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", form, 8)
     if tag == EXTENSIBLE and len(form) >= 48:
         tag = struct.unpack_from("<H", form, 32)[0]
+    if tag in (PCM, FLOAT) and block not in (0, channels * ((bits + 7) // 8)):
+        raise ShardError(
+            f"{name}: damaged: its header gives samples of {block} bytes for {channels} channels of {bits} bits; write the file again"
+        )
     found = size - offset
     from_pipe = (length == 0 or length >= LONGEST_PIPE_SIZE) and (length > found or length == 0)
     if length == 0 and _are_chunks(read, offset, size):
@@ -139,7 +146,7 @@ def _check_rest(read: Read, end: int, odd: int, size: int, name: str) -> None:
         raise ShardError(
             f"{name}: {size - end} bytes behind its audio are no chunks: its header gives a wrong length; write the file again"
         )
-    if any(chunk == b"data" for chunk, _ in behind):
+    if any(chunk in (b"data", b"RIFF", b"RF64", b"BW64") for chunk, _ in behind):
         raise ShardError(f"{name}: two pieces of audio (chunks `data`), expected one; join them, or split the file")
 
 

@@ -5,12 +5,12 @@ torch is imported by the subcommands that need it only, so that `spknet --help` 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from importlib import metadata
 
+from shards.commands import did_you_mean
 from spknet.errors import USAGE, run
 
 COMMANDS = {
@@ -73,9 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"spknet {metadata.version('spknet')}")
         return 0
     if argv[0] not in modules:
-        near = difflib.get_close_matches(argv[0], modules, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(modules)}"
-        print(f"error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
+        hint = did_you_mean(argv[0], modules) or f"commands: {', '.join(modules)}"
+        print(f"error: unknown command {argv[0]!r}; {hint.rstrip()}", file=sys.stderr)
         return USAGE
     return run(importlib.import_module(modules[argv[0]]).main, argv[1:])
 

@@ -10,7 +10,6 @@ config = parse(["--config", "small_corpus", "--run_dir", "runs/a"])
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 import textwrap
@@ -19,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from shards.commands import did_you_mean
 from spknet.config import Config, ConfigError, from_dict, groups, nearest, to_dict
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -53,7 +53,10 @@ def _read_words(argv: list[str]) -> tuple[list[str], dict[str, Any], bool]:
         word = words.pop(0)
         match = re.fullmatch(r"--([A-Za-z_][\w.]*)(?:=(.*))?", word, re.S)
         if not match:
-            raise ConfigError(f"{word!r} belongs to no option; options are written --group.name VALUE")
+            hint = (
+                f"did you mean --config {word}?" if word in recipe_names() else "options are written --group.name VALUE"
+            )
+            raise ConfigError(f"{word!r} belongs to no option; {hint}")
         name, given = match[1], [] if match[2] is None else [match[2]]
         several = name == "config" or _takes_several(kinds.get(name))
         while words and not words[0].startswith("--") and match[2] is None and (several or not given):
@@ -122,8 +125,7 @@ def recipe_path(name: str) -> Path:
     if path.is_dir():
         raise ConfigError(f"--config {name}: a folder, expected a YAML file or the name of a recipe")
     names = recipe_names()
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(name, names)
     raise ConfigError(f"--config {name}: no such file and no such recipe; {hint}recipes: {', '.join(names)}")
 
 
@@ -137,7 +139,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     path = recipe_path(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot read this YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

@@ -1,5 +1,6 @@
 """Fixtures: a small corpus of harmonic voices, packed once; the real recordings beside the repository where they are."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,16 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 RATE = 16000
 
 
+def needed(path: Path) -> Path:
+    """What lies beside the repository. Where it is absent a test is skipped; in CI, which has it, the test fails."""
+    if not path.exists():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{path} is not there, beside the repository")
+    return path
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip(f"real recordings are not there ({SHARED.name} beside the repository)")
-    return SHARED
+    return needed(SHARED)
 
 
 def voice(speaker: int, utterance: int, seconds: float) -> np.ndarray:

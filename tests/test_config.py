@@ -66,7 +66,8 @@ def test_unknown_recipe_names_those_there_are():
         (["--augment.speed", "[0.9, x]"], "augment.speed: 'x' given"),
         (["--train.compile", "perhaps"], "train.compile: 'perhaps' given, expected .*boolean"),
         (["--optim.lr"], "--optim.lr: a value is missing"),
-        (["stray"], "'stray' belongs to no option"),
+        (["stray"], "'stray' belongs to no option; options are written"),
+        (["small_corpus"], "did you mean --config small_corpus?"),
         (["--optim.lr", "0.1", "0.2"], "'0.2' belongs to no option"),
     ],
 )

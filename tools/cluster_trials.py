@@ -26,7 +26,9 @@ from pathlib import Path
 import torch
 
 from launch import submit
+from shards.commands import Parser
 from spknet.errors import run
+from spknet.parallel.nodelist import expand
 from spknet.train.metrics_log import read_metrics
 from spknet.train.run_folder import read_state
 
@@ -133,9 +135,10 @@ def victim(job: str, part: str, node: int) -> int:
     raise LookupError(f"no {part} of job {job} on node {node}")
 
 
-def on_its_nodes(job: str) -> bool:
-    said = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout
-    return said.strip() in ("RUNNING", "COMPLETING")
+def its_nodes(job: str) -> list[str]:
+    """The nodes that a job has not left yet."""
+    said = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T %N"], capture_output=True, text=True).stdout.split()
+    return expand(said[1]) if said and said[0] in ("RUNNING", "COMPLETING") else []
 
 
 def kill_part(part: str, node: int) -> Callable[[str], float]:
@@ -144,19 +147,19 @@ def kill_part(part: str, node: int) -> Callable[[str], float]:
     def kill(job: str) -> float:
         os.kill(victim(job, part, node), signal.SIGKILL)
         begun = time.monotonic()
-        wait_for("the nodes to be free", 120, lambda: not on_its_nodes(job))
+        wait_for("the nodes to be free", 120, lambda: not its_nodes(job))
         return time.monotonic() - begun
 
     return kill
 
 
 def fail_node(sandbox: Path, node: str) -> Callable[[str], float]:
-    """What stops a node, waits until the job has left all of them, and starts it again."""
+    """What stops a node, waits until the job has left the others, and starts it again; returns the seconds until then."""
 
     def fail(job: str) -> float:
         command(str(sandbox), "stop-node", node)
         begun = time.monotonic()
-        wait_for("SLURM to see that the node is gone", 120, lambda: not on_its_nodes(job))
+        wait_for("the other nodes to be free", 120, lambda: its_nodes(job) in ([], [node]))
         seconds = time.monotonic() - begun
         command(str(sandbox), "start-node", node)
         return seconds
@@ -268,7 +271,9 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 where a run was not what it should be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m tools.cluster_trials", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--speech", type=Path, required=True, help="folder with train_list.txt and dev_list.txt")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; must be new")
     parser.add_argument("--sandbox", type=Path, help="program with stop-node and start-node")

@@ -13,6 +13,7 @@ fi
 # shellcheck source=tools/setup.sh
 source "$(dirname "$0")/setup.sh"
 steps=${SPKNET_DEMO_STEPS:-180}
+python -m spknet.train --config small_corpus "$@" --print_config > /dev/null # a mistyped option is told before any work
 if [ "$corpus" = demo/corpus ] && [ ! -f "$corpus/test_list.txt" ]; then
   python -m tools.synth --out "$corpus"
 fi

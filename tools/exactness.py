@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+from shards.commands import Parser
 from spknet.parallel import gather
 from spknet.train.metrics_log import read_metrics
 
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
         with local_losses():
             return train([*argv[1:], "--train.sync_batchnorm", "false"])
-    parser = argparse.ArgumentParser(prog="python -m tools.exactness", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tools.exactness", description=__doc__.splitlines()[0])
     parser.add_argument("--shards", required=True, help="packed training data")
     parser.add_argument("--trials", required=True)
     parser.add_argument("--root", required=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from shards.commands import Parser
 from shards.format import atomic_write, wav_header, write_file
 from spknet.config import Config
 from spknet.data.batches import Steps
@@ -109,9 +110,7 @@ def draw(path: Path, crops: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m tools.listen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m tools.listen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--number", type=int, default=8, help="crops to write (8)")
     parser.add_argument("--step", type=int, default=0, help="global step whose batch is heard (0)")

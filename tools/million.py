@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from shards.commands import Parser
 from shards.pack import pack
 from spknet.train.metrics_log import read_metrics
 
@@ -38,7 +39,7 @@ print(len(corpus.utterances), corpus.n_classes, corpus.sampler.steps, corpus.sam
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.million", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tools.million", description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="folder for everything")
     parser.add_argument("--speakers", type=int, default=1_000_000)
     parser.add_argument("--ranks", type=int, default=2)

@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from shards import errors
+from shards.commands import Parser
 from shards.format import atomic_write, remove_leftovers
 from shards.pack import pack
 from spknet import rng
@@ -162,10 +163,8 @@ def _pack(
         pack(chosen, out, workers=options.workers, convert=options.convert)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "spknet musan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> Parser:
+    p = Parser("spknet musan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("step", choices=("download", "pack", "all"), help="what to do; all: both")
     p.add_argument("--save_path", "--save-path", type=Path, default=Path("data"), help="folder of the archives (data)")
     p.add_argument("--shards", type=Path, help="folder of the shards (SAVE_PATH/shards)")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from shards.audio import encode_flac
+from shards.commands import Parser
 from shards.format import write_file
 from spknet.config import AugmentConfig, ConfigError
 from spknet.data.augment import Augmenter
@@ -45,9 +46,7 @@ def write(path: Path, audio: np.ndarray, rate: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m tools.noisy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m tools.noisy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", nargs="+", required=True, help="lists `label path path`")
     parser.add_argument("--root", nargs="+", required=True, help="folders that the paths start from")
     parser.add_argument("--out", type=Path, required=True, help="folder for the copies, the root of the noisy lists")

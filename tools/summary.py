@@ -5,17 +5,17 @@ EVALUATION is the folder that `spknet.evaluate --untrained --out` wrote (default
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+from shards.commands import Parser
 from spknet.errors import run
 from spknet.train.metrics_log import read_metrics
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.summary", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tools.summary", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("evaluation", type=Path, nargs="?")
     chosen = parser.parse_args(argv)
@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         "checkpoint": newest,
         "DET picture": evaluation / "det.png",
         "report": evaluation / "report.html",
-        "go on training": f"the same command with --train.max_steps {2 * lines[-1]['step']} (see {chosen.run}/config.yaml)",
+        # Not in the same folder: the learning rate of small_corpus falls to the last step.
+        "train longer": f"the same options ({chosen.run}/config.yaml), --train.max_steps {2 * lines[-1]['step']}, another --run_dir",
+        "use it": f"spknet card {chosen.run} --dev_trials LIST --root FOLDER; spknet verify A B --checkpoint {chosen.run}",
         "embed files": f"spknet embed --checkpoint {chosen.run} --list FILES.txt --root FOLDER --out embeddings",
     }
     print()

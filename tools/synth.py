@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from shards.commands import Parser
 from shards.format import wav_header, write_file
 from spknet.errors import run
 
@@ -226,7 +227,7 @@ def make_corpus(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="spknet synth", description=__doc__.split("\n")[0])
+    parser = Parser(prog="spknet synth", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the corpus")
     parser.add_argument("--train-speakers", type=int, default=60, help="speakers of train_list.txt (60)")
     parser.add_argument("--test-speakers", type=int, default=20, help="other speakers, of test_list.txt (20)")

@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from shards.format import write_file
+from shards.format import read_bytes, write_file
 from spknet.errors import UserError
 
 VERSION = 1
@@ -138,8 +138,8 @@ def from_dict(values: Any, name: str = "card") -> Card:
 def read(path: str | Path) -> Card:
     """Raises CardError, or OSError where the file cannot be read."""
     try:
-        return from_dict(json.loads(Path(path).read_text()), str(path))
-    except ValueError as error:
+        return from_dict(json.loads(read_bytes(path)), str(path))
+    except (ValueError, RecursionError) as error:
         raise CardError(f"{path}: not JSON ({error}); make it with `spknet card`") from None
 
 

@@ -6,10 +6,10 @@ corpus = Corpus.open(config.data, config.train.seed, config.augment)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from shards.lists import read_lines
 from shards.reader import Utterances, open_files, open_shards
 from spknet import rng
 from spknet.config import AugmentConfig, ConfigError, DataConfig
@@ -32,10 +32,8 @@ def dev_speakers(speakers: list[str], wanted: int | str) -> np.ndarray:
         kept_out[np.argsort(rng.bits_of_names(0, 0, "dev ", speakers))[:wanted]] = True
         return kept_out
     place = {name: i for i, name in enumerate(speakers)}
-    for number, line in enumerate(Path(wanted).read_text().splitlines(), 1):
+    for number, line in read_lines(wanted):
         name = line.strip()
-        if not name:
-            continue
         if name not in place:
             raise ConfigError(f"{wanted}, line {number}: speaker {name!r} is not in the training data")
         kept_out[place[name]] = True

@@ -11,6 +11,7 @@ import math
 import tempfile
 from pathlib import Path
 
+from shards import commands
 from spknet.errors import UserError
 
 
@@ -22,7 +23,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if nothing else super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(commands.Parser):
     """argparse, with the first paragraph of a docstring as description and the defaults in the help."""
 
     def __init__(self, prog: str, doc: str):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.format import write_file
+from shards.format import read_bytes, write_file
 from spknet.errors import run
 from spknet.evaluate import bootstrap, metrics, report
 from spknet.evaluate.commands import Parser, at_least, check_writable
@@ -30,8 +30,8 @@ def read_report(path: str | Path) -> tuple[Path, dict]:
         of_run = sorted(path.glob("eval/step-*/report.json"))
         path = path / "report.json" if (path / "report.json").is_file() or not of_run else of_run[-1]
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(read_bytes(path))
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error  # the path is told already
         raise TrialError(
             f"{path}: cannot read this report ({reason}); give a folder that spknet evaluate wrote, or a run with an evaluation"

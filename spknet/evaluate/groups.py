@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from spknet.evaluate import metrics
-from spknet.evaluate.trials import TrialError, Trials, speaker_of
+from spknet.evaluate.trials import TrialError, Trials, open_text, speaker_of
 
 MOST_GROUPS = 40  # distinct values of a metadata column
 
@@ -50,18 +50,20 @@ def _group(name: str, scores, labels, chosen: np.ndarray, threshold: float) -> d
 def read_metadata(path: str | Path) -> tuple[list[str], dict[str, dict[str, str]]]:
     """Columns of a CSV, and its rows by the first column (a speaker or an utterance). Raises TrialError."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            head = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter="\t" if "\t" in head else ",")
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = [line for _, line in open_text(path)]
+        reader = csv.DictReader(lines, delimiter="\t" if "\t" in lines[0] else ",")
+        rows = list(reader)
+    except (IndexError, csv.Error) as error:
         raise TrialError(f"{path}: cannot read this metadata: {error}") from error
     names = [name.strip() for name in reader.fieldnames or []]
     if len(names) < 2 or not rows:
         raise TrialError(f"{path}: expected a header, then rows whose first column names a speaker or an utterance")
     plain = [{name.strip(): (value or "").strip() for name, value in row.items() if name} for row in rows]
-    return names[1:], {row[names[0]]: row for row in plain}
+    of_name: dict[str, dict[str, str]] = {}
+    for row in plain:
+        if of_name.setdefault(row[names[0]], row) != row:
+            raise TrialError(f"{path}: {row[names[0]]!r} has two rows that differ; take one out")
+    return names[1:], of_name
 
 
 def groups_of(trials: Trials, column: str, metadata: tuple, known: dict[str, str] | None = None):

@@ -62,7 +62,10 @@ def unit(rows: np.ndarray, threads: int = 0) -> np.ndarray:
             own = flat[block].astype(np.float64)
             out[block] = own / np.maximum(np.sqrt(np.einsum("nd,nd->n", own, own)), 1e-12)[:, None]
 
-    in_blocks(len(flat), BLOCK, threads, normalize)
+    if len(flat) <= BLOCK:  # threads would cost 100 times as much as the work
+        normalize([slice(len(flat))])
+    else:
+        in_blocks(len(flat), BLOCK, threads, normalize)
     return out.reshape(rows.shape)
 
 

@@ -14,16 +14,18 @@ where every name ends like an audio file (`1 a/my talk/0.wav b/my talk/1.wav`). 
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import io
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from shards import lists
+from shards.format import ShardError, check_speaker, read_bytes
 from spknet.errors import UserError, of_system
 
 KALDI = {"target": 1, "nontarget": 0}
@@ -82,15 +84,16 @@ def open_text(path: str | Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, line without its end) of a text file, plain or .gz. Raises TrialError where it cannot be read."""
     path = Path(path)
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = data.decode("utf-16" if utf16 else "utf-8-sig")
+        data = read_bytes(path)
+        data = gzip.decompress(data) if path.suffix == ".gz" or data.startswith(b"\x1f\x8b") else data
+        text = data.decode(next((encoding for mark, encoding in lists.MARKS if data.startswith(mark)), "utf-8"))
     except UnicodeDecodeError as error:
         raise TrialError(
             f"{path}: cannot read this list: it is not UTF-8 ({error}); convert it with iconv -t UTF-8"
         ) from None
-    except (OSError, EOFError, ValueError) as error:
+    except ShardError as error:
+        raise TrialError(f"{path}: cannot read this list: {str(error).removeprefix(f'{path} ')}") from None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         known = isinstance(error, OSError) and error.errno is not None
         reason = str(of_system(error)).removeprefix(f"{path}: ") if known else error
         raise TrialError(f"{path}: cannot read this list: {reason}") from None
@@ -242,20 +245,29 @@ def read_speakers(path: str | Path) -> dict[str, str]:
         words = line.rsplit(None, 1)
         if len(words) == 1:
             raise TrialError(f"{path}, line {number}: 1 columns; expected `utterance speaker`")
-        if words:
-            speakers[words[0].strip()] = words[1]
+        if words and speakers.setdefault(words[0].strip(), words[1]) != words[1]:
+            first = speakers[words[0].strip()]
+            raise TrialError(
+                f"{path}, line {number}: {words[0].strip()} is of {words[1]}, on an earlier line of {first}"
+            )
     return speakers
 
 
 def read_utterances(path: str | Path) -> dict[str, list[str]]:
-    """{speaker: utterances} of a list `speaker path`; what follows the first space is the path, spaces and all."""
+    """{speaker: utterances} of a training list, its lines read as packing reads them; an utterance may stand there once."""
     of_speaker: dict[str, list[str]] = {}
+    lines: dict[str, int] = {}
     for number, line in open_text(path):
-        words = line.split(None, 1)
-        if len(words) == 1:
-            raise TrialError(f"{path}, line {number}: 1 columns; expected `speaker path`")
-        if words:
-            of_speaker.setdefault(words[0], []).append(words[1].strip())
+        if not line.strip():
+            continue
+        try:
+            speaker, name = lists.speaker_and_path(line)
+            check_speaker(speaker)
+        except ShardError as error:
+            raise TrialError(f"{path}, line {number}: {error}") from None
+        if lines.setdefault(name, number) != number:
+            raise TrialError(f"{path}, lines {lines[name]} and {number}: {name} stands there twice; take one out")
+        of_speaker.setdefault(speaker, []).append(name)
     if not of_speaker:
         raise TrialError(f"{path}, line 1: the list is empty; expected `speaker path`")
     return of_speaker

@@ -114,7 +114,9 @@ class Sources:
         if self.roots and not any(self._below(root, name) for root in self.roots):
             return f"{', '.join(self.roots)}, outside of which nothing is read; give --root / to allow that"
         where = ", ".join(self.folders + self.roots)
-        return where or ("the file system" if os.path.isabs(name) else "nowhere: give --root FOLDER or --shards FOLDER")
+        return where or (
+            "the file system" if os.path.isabs(name) else "any folder, as none was given; give --root or --shards"
+        )
 
     @staticmethod
     def _below(root: str, name: str) -> bool:

@@ -5,9 +5,9 @@ loss = build_loss(LossConfig(name="angleproto"), embedding_size=512, n_classes=5
 
 from __future__ import annotations
 
-import difflib
 import warnings
 
+from shards.commands import did_you_mean
 from spknet.config import ConfigError, LossConfig
 from spknet.losses.base import Loss
 from spknet.losses.classification import AAMSoftmax, AMSoftmax, Softmax
@@ -49,8 +49,7 @@ def build_loss(config: LossConfig, embedding_size: int, n_classes: int, utteranc
     Raises ConfigError for an unknown name, an M the loss cannot take, fewer classes than labels.
     """
     if config.name not in LOSSES:
-        near = difflib.get_close_matches(config.name, LOSSES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(config.name, LOSSES)
         raise ConfigError(f"loss.name {config.name}: no such loss; {hint}losses: {', '.join(LOSSES)}")
     kind = LOSSES[config.name]
     _check_utterances(config.name, kind, utterances_per_speaker)

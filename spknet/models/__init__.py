@@ -5,10 +5,9 @@ model = build_model(ModelConfig(name="ResNetSE34L", encoder="SAP"))
 
 from __future__ import annotations
 
-import difflib
-
 from torch import nn
 
+from shards.commands import did_you_mean
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
 from spknet.models.campplus import CAMPlusPlus
 from spknet.models.dfresnet import DFResNet60, DFResNet114, DFResNet183, DFResNet237
@@ -60,8 +59,7 @@ def build_model(config: ModelConfig, sample_rate: int = 16000, features: Feature
     features: the front end; None: as published. ConfigError where name, encoder, variant, n_mels or front end do not fit.
     """
     if config.name not in MODELS:
-        near = difflib.get_close_matches(config.name, MODELS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(config.name, MODELS)
         raise ConfigError(f"model.name {config.name}: no such network; {hint}networks: {', '.join(MODELS)}")
     network = MODELS[config.name]
     if config.encoder not in network.encoders:

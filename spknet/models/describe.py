@@ -23,8 +23,9 @@ import sys
 import torch
 from torch import nn
 
+from shards.commands import Parser, did_you_mean
 from spknet.config import FeaturesConfig, ModelConfig
-from spknet.errors import run
+from spknet.errors import UserError, run
 from spknet.models import MODELS, build_model
 from spknet.models.front_ends import resolve
 from spknet.models.network import Network
@@ -166,12 +167,15 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="spknet info", description=__doc__, add_help=True)
+    parser = Parser(prog="spknet info", description=__doc__, add_help=True)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seconds", type=float, default=SECONDS, help="length of the utterance that is counted")
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
     parser.add_argument("--markdown", action="store_true", help="print the tables of docs/networks.md")
     chosen, rest = parser.parse_known_args(argv)
+    hint = did_you_mean(rest[0], ("--seconds", "--json", "--markdown")) if rest and "." not in rest[0] else ""
+    if hint:
+        raise UserError(f"unknown option {rest[0]}; {hint.rstrip()}")
     if rest:
         given = parse(rest)
         rows = [describe(given.model, given.features, chosen.seconds)]

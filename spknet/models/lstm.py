@@ -15,6 +15,7 @@ WebRTC; that step is not here. Names of parameters are Resemblyzer's, which are 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from spknet.config import ModelConfig
 from spknet.models.network import Network
 
 WINDOW, STEP = 160, 77  # frames; 1.3 windows a second
-LEAST = 0.75  # of the last window
+LEAST = 120  # frames of the last window that the wave fills: three quarters
 LEVEL = 10 ** (-30 / 20)  # root mean square that quieter waves are raised to
 
 
@@ -52,7 +53,7 @@ class GE2ELSTM(Network):
         waves, hop, samples = raised(waves), self.features.hop, waves.shape[1]
         if not self.training:  # of the wave, not of the features: a frame may see its end and the zeros
             missing = seen(n_windows(1 + samples // hop)) * hop - samples
-            waves = F.pad(waves, (0, max(0, missing)))
+            waves = F.pad(waves, (0, torch.sym_max(0, missing)))
         return super().forward(waves, masks)
 
     def frames(self, x: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class GE2ELSTM(Network):
         if self.training and x.shape[2] < WINDOW:  # nothing is learned from zeros
             windows = x.mT[:, None]
         else:
-            x = F.pad(x, (0, max(0, seen(n) - x.shape[2])))
+            x = F.pad(x, (0, torch.sym_max(0, seen(n) - x.shape[2])))
             windows = x.mT.unfold(1, WINDOW, STEP)[:, :n].mT  # (batch, n, frames, bands)
         return self.lstm(windows.flatten(0, 1)).unflatten(0, windows.shape[:2]).mT
 
@@ -76,10 +77,11 @@ def raised(waves: Tensor) -> Tensor:
 
 
 def n_windows(frames: int) -> int:
-    """How many windows an utterance of so many frames has, the last one perhaps padded; at least one."""
-    n = max(1, -(-(frames - WINDOW + STEP + 1) // STEP))
-    filled = (frames - 1 - (n - 1) * STEP) / WINDOW
-    return n - 1 if n > 1 and filled < LEAST else n
+    """How many windows an utterance of so many frames has, the last one perhaps padded; at least one.
+
+    Without a branch, for torch.export; and ONNX rounds a quotient towards zero, which below one window makes no difference here.
+    """
+    return torch.sym_max(1, (frames - 1 - LEAST) // STEP + 1)
 
 
 def seen(windows: int) -> int:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import sys
 from pathlib import Path
 
 PARENT = os.getppid()  # when this process began
 PROGRAMS = [b"torch.distributed.run", b"torch.distributed.launch", b"torchrun"]
+CONNECT_SECONDS = 3  # a lost host does not even refuse
 
 
 def is_gone() -> bool:
@@ -33,6 +36,24 @@ def end() -> None:
     # A program that runs an agent inside itself is left alone.
     if restarts[0] < restarts[1] and _is_torchrun():
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+def end_if_cut_off() -> None:
+    """KILL to this rank's torchrun where the host at which all of them meet no longer answers: it would ask it for minutes,
+    and heed no other signal meanwhile. Called by one rank of each machine that has lost the others."""
+    words = _of_parent("cmdline")
+    pairs = dict(
+        word.split(b"=", 1) if b"=" in word else (word, after) for word, after in zip(words, [*words[1:], b""])
+    )
+    endpoint = pairs.get(b"--rdzv-endpoint", pairs.get(b"--rdzv_endpoint", b"")).decode()
+    host, _, port = endpoint.rpartition(":")
+    if not _is_torchrun() or not port.isdigit() or port == "0":  # at node number 0 it is a port that torchrun has found
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except OSError:
+        print(f"ending torchrun, which would wait for {endpoint}", file=sys.stderr, flush=True)
+        os.kill(os.getppid(), signal.SIGKILL)
 
 
 def _may_be_agent(pid: int) -> bool:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from spknet.errors import printable
 from spknet.parallel import stacks, torchrun
 from spknet.parallel.process import has_died
 from spknet.parallel.ranks import PATIENCE, connect, here, leave, meeting
@@ -162,12 +163,14 @@ class Watchdog:
                 failure = self.fail(failure)
             alone = failure.rank == self.me.rank
             if self.me.first or alone:
-                print(f"error: {failure.reason}", file=sys.stderr, flush=True)
+                print(f"error: {printable(failure.reason)}", file=sys.stderr, flush=True)
             if self.me.first:
                 self.report(failure)
             self.last_acts(failure)
             for child in multiprocessing.active_children():
                 child.kill()  # loaders ignore gentler signals
+            if alone and not tell and self.me.local == 0:
+                torchrun.end_if_cut_off()
             if self.me.world_size > 1 and tell:
                 with contextlib.suppress(RuntimeError):
                     leave(meeting(), self.store)

@@ -25,7 +25,7 @@ from spknet import config as configuration
 from spknet.checkpoints.file import path_of, remove_orphans, steps
 from spknet.config import Config
 from spknet.data.batches import LoaderLost, end_processes, of_loader
-from spknet.errors import INTERRUPTED, USAGE, UserError
+from spknet.errors import INTERRUPTED, USAGE, UserError, printable
 from spknet.messages import say
 from spknet.parallel import stacks
 from spknet.parallel.ranks import RankLost, Ranks, here, join, meet
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None, theirs: bool = False) -> int:
             with meet(run.config.train.timeout_seconds if run.config else 60.0):
                 return _watched(run, words, error, stop)
         except UserError as mistake:  # the ranks have not met: each tells its own
-            print(f"error: {mistake}", file=sys.stderr)
+            print(f"error: {printable(str(mistake))}", file=sys.stderr)
             run.report(Failure(str(mistake), USAGE))
             return USAGE
 
@@ -144,7 +144,7 @@ def _failed(run: Run, error: BaseException, watchdog: Watchdog) -> int:
             failure = Failure(f"rank {me.rank} ({socket.gethostname()}): {failure.reason}", failure.status, me.rank)
         failure = watchdog.fail(failure)
     if me.first or failure.rank == me.rank and not everywhere:
-        print(f"error: {failure.reason}", file=sys.stderr, flush=True)
+        print(f"error: {printable(failure.reason)}", file=sys.stderr, flush=True)
     run.report(failure)
     watchdog.last_acts(failure)
     return failure.status

@@ -14,6 +14,7 @@ import argparse
 import re
 import textwrap
 
+from shards.commands import Parser
 from spknet.errors import UserError
 from spknet.options import RECIPES, parse, recipe_names
 
@@ -45,7 +46,7 @@ def cost(name: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="spknet recipes", description=__doc__)
+    parser = Parser(prog="spknet recipes", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("word", nargs="?", default="", help="only recipes whose names hold this")
     chosen = parser.parse_args(argv)

@@ -9,12 +9,12 @@ error. Flags may be shortened as argparse allows (`--encoder` for `--encoder_typ
 from __future__ import annotations
 
 import argparse
-import difflib
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from shards.commands import did_you_mean
 from spknet.config import ConfigError
 
 
@@ -118,8 +118,7 @@ def _typed(flag: str, value: Any, path: str) -> Any:
 
 def _nearest(message: str) -> str:
     unknown = message.rsplit("--", 1)[-1].split()[0] if "unrecognized" in message else ""
-    near = difflib.get_close_matches(unknown, KNOWN, n=1)
-    return f"; did you mean --{near[0]}?" if near else ""
+    return f"; {did_you_mean(f'--{unknown}', [f'--{name}' for name in KNOWN])}".rstrip("; ")
 
 
 def read_yaml(path: str) -> dict[str, Any]:

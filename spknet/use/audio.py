@@ -24,8 +24,8 @@ from spknet.errors import UserError
 
 WHOLE_SECONDS, WINDOW_SECONDS = 60.0, 30.0
 SHORT_SECONDS = 1.0  # what is shorter tells a network little about a voice
-LOOKED_AT = 1 << 16  # samples at its beginning, for its band
-NARROW_POWER = 1e-6  # of the power lies above half the band: of 150 recordings of speech the least had 1.5e-4
+LOOKED_AT, LOOKED_AT_ONCE = 1 << 16, 1 << 11  # samples at its beginning, for its band; in one transform
+NARROW_POWER = 1e-6  # of the power lies above half the band: 399 of 400 recordings of speech had 6e-5 or more
 
 
 class AudioError(UserError):
@@ -140,8 +140,9 @@ class Heard:
 def narrow(piece: np.ndarray, sample_rate: int) -> str | None:
     """Says so where a piece has no power above half the band, as a telephone call that was resampled; None else."""
     piece = piece[:LOOKED_AT].astype(np.float64)
-    piece = (piece - piece.mean()) * np.hanning(len(piece))
-    power = np.square(np.abs(np.fft.rfft(piece, 2 ** int(np.ceil(np.log2(len(piece)))))))
+    size = min(LOOKED_AT_ONCE, len(piece))
+    frames = (piece - piece.mean())[: len(piece) // size * size].reshape(-1, size)
+    power = np.square(np.abs(np.fft.rfft(frames * np.hanning(size)))).sum(axis=0)
     above = power[len(power) // 2 + len(power) // 16 :].sum()  # above the slope of the resampler's filter
     total = power.sum()
     return f"nothing above {sample_rate / 4:.0f} Hz" if total and above < NARROW_POWER * total else None

@@ -11,6 +11,8 @@ from spknet.checkpoints.averages import CHOICES
 from spknet.evaluate import commands
 from spknet.use.network import Network, load
 
+NO_DECISION = "no decision: there is no threshold; give --threshold, or make a card"  # what is printed before says why
+
 
 class Parser(commands.Parser):
     """The options of a network, and what a command adds."""

@@ -7,10 +7,10 @@ run's card and where it comes from (spknet/checkpoints/portable.py). `spknet exp
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from shards.commands import Parser
 from spknet.checkpoints import portable
 from spknet.checkpoints.averages import CHOICES
 from spknet.checkpoints.card import to_dict
@@ -39,7 +39,7 @@ def convert(path: str | Path, out: str | Path, weights: str | None = None) -> st
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="spknet convert", description=__doc__.splitlines()[0])
+    parser = Parser(prog="spknet convert", description=__doc__.splitlines()[0])
     parser.add_argument("file", metavar="FILE", help="run folder or checkpoint, ours or another project's")
     parser.add_argument("out", metavar="OUT", help="file to write, NAME.safetensors")
     parser.add_argument("--weights", choices=CHOICES, help="of a run that averages (default: averaged)")

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from shards.commands import Parser
 from spknet.errors import run
 
 TORCH, TORCH_BELOW, TORCHAUDIO = (2, 11), (2, 15), "2.11"  # setup.cfg's
@@ -245,9 +246,7 @@ def examine() -> list[Finding]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 where a finding is an error, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="spknet doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="spknet doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print data instead of lines")
     chosen = parser.parse_args(argv)
     findings = examine()

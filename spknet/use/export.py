@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from shards.commands import Parser
 from shards.format import atomic_write
 from spknet.checkpoints.averages import CHOICES
 from spknet.checkpoints.card import to_dict
@@ -114,10 +115,8 @@ def _write(path: str, content: bytes) -> None:
         file.write(content)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="spknet export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="spknet export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="run folder or checkpoint file")
     parser.add_argument("out", nargs="?", help="file to write; .onnx, .pt2 or .model says the format")
     for name in ("checkpoint", "out"):  # the former words

@@ -14,7 +14,7 @@ import sys
 from spknet.checkpoints.card import weights_digest
 from spknet.errors import UserError, run
 from spknet.use import verdict
-from spknet.use.commands import Parser, network_of
+from spknet.use.commands import NO_DECISION, Parser, network_of
 from spknet.use.enrolments import EnrolmentError, Enrolments, Voice
 from spknet.use.network import Audio, Network, cosine, mean_voice
 from spknet.use.verdict import Verdict
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(_text(verdicts))
     if best.same is None:
-        raise UserError(f"no decision: {network.uncalibrated}, or give --threshold")
+        raise UserError(NO_DECISION)
     return KNOWN if best.same else UNKNOWN
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 
 from spknet.errors import UserError, run
-from spknet.use.commands import Parser, network_of
+from spknet.use.commands import NO_DECISION, Parser, network_of
 
 SAME, DIFFERENT = 0, 1  # exit statuses
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     verdict = network.verify(chosen.left, chosen.right, threshold=chosen.threshold)
     print(json.dumps(verdict.to_dict()) if chosen.json else verdict)
     if verdict.same is None:
-        raise UserError(f"no decision: {network.uncalibrated}, or give --threshold")
+        raise UserError(NO_DECISION)
     return SAME if verdict.same else DIFFERENT
 
 

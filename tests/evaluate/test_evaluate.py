@@ -162,7 +162,7 @@ def test_unknown_files_are_named_with_their_line_before_training(lists, tmp_path
         TrialError, match=r"dev.txt, line 5: id00001/nowhere/00009.wav not found in .*\(1 utterances of this"
     ):
         evaluate.check(settings(eval=lists))
-    with pytest.raises(TrialError, match="not found in nowhere: give --root FOLDER or --shards FOLDER"):
+    with pytest.raises(TrialError, match="not found in any folder, as none was given; give --root or --shards"):
         evaluate.check(settings(eval=lists | {"root": None}))
     assert evaluate.check(settings()) is None
 

@@ -10,6 +10,7 @@ import pytest
 
 from spknet.evaluate import bootstrap, metrics
 from spknet.evaluate.metrics import MetricError, rates
+from tests.conftest import needed
 
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "losses.json"
 
@@ -178,9 +179,7 @@ def test_order_of_trials_changes_nothing():
 
 
 def test_voxceleb_trainers_arithmetic_is_reproduced_with_ties():
-    if not REFERENCE.is_file():
-        pytest.skip(f"{REFERENCE} is not there")
-    for values in json.loads(REFERENCE.read_text())["metrics"].values():
+    for values in json.loads(needed(REFERENCE).read_text())["metrics"].values():
         found = metrics.figures(np.array(values["scores"]), np.array(values["labels"]), "voxceleb_trainer")
         assert found["eer"] == values["eer_percent"]
         assert found["min_dcf_p05"] == values["min_dcf_p05"]

@@ -9,9 +9,18 @@ import pytest
 from spknet import errors
 from spknet.evaluate import __main__ as command
 from spknet.evaluate import compare, embed, evaluation, make_trials
+from spknet.evaluate.groups import read_metadata
 from spknet.evaluate.report import write_scores
 from spknet.evaluate.scoring import Embedded
-from spknet.evaluate.trials import TrialError, names_in, read_enrolment, read_speakers, read_trials, speakers
+from spknet.evaluate.trials import (
+    TrialError,
+    names_in,
+    read_enrolment,
+    read_speakers,
+    read_trials,
+    read_utterances,
+    speakers,
+)
 from tests.evaluate.test_evaluate import run_dir  # noqa: F401 (a fixture)
 
 SPACED = "1 a/my talk/0.wav a/my talk/1.wav\n0 a/my talk/0.wav b/one.wav\n"
@@ -111,18 +120,20 @@ def test_cn_celebs_lists_have_labels_models_and_speakers(tmp_path):
         lambda text: b"\xef\xbb\xbf" + text.encode(),
         lambda text: text.encode("utf-16"),
         lambda text: b"\xfe\xff" + text.encode("utf-16-be"),
+        lambda text: text.encode("utf-32"),
         lambda text: text.replace("\n", "\r").encode(),
         lambda text: text.replace("\n", "\r\n").encode(),
         lambda text: text.rstrip("\n").encode(),
     ],
-    ids=["mark", "utf-16", "utf-16-be", "cr", "crlf", "no last end"],
+    ids=["mark", "utf-16", "utf-16-be", "utf-32", "cr", "crlf", "no last end"],
 )
 def test_marks_encodings_and_line_ends_change_nothing(tmp_path, encode):
     plain = read_trials(write(tmp_path, SPACED))
     other = read_trials(write(tmp_path, encode(SPACED), "other.txt"))
     assert pairs(other) == pairs(plain) and other.lines.tolist() == [1, 2]
-    packed = write(tmp_path, gzip.compress(encode(SPACED)), "packed.txt.gz")
-    assert pairs(read_trials(packed)) == pairs(plain)
+    for name in ("packed.txt.gz", "packed.txt"):
+        packed = write(tmp_path, gzip.compress(encode(SPACED)), name)
+        assert pairs(read_trials(packed)) == pairs(plain)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,8 @@ def test_marks_encodings_and_line_ends_change_nothing(tmp_path, encode):
     [
         (SPACED.encode("utf-16-le"), "zero bytes; convert it with iconv -f UTF-16"),
         ("1 é b\n".encode("latin-1"), "not UTF-8 .* convert it with iconv"),
-        (b"\x1f\x8b garbage", "not UTF-8"),
+        (b"\x1f\x8b garbage", "cannot read this list"),
+        (gzip.compress(b"1 a b\n0 a c\n")[:-9], "cannot read this list"),
     ],
 )
 def test_texts_in_other_encodings_are_refused_with_a_remedy(tmp_path, data, said):
@@ -138,9 +150,31 @@ def test_texts_in_other_encodings_are_refused_with_a_remedy(tmp_path, data, said
         read_trials(write(tmp_path, data))
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("a a/0.wav\n\ufeffa a/1.wav\n", "line 2: key '.ufeffa/0' has a control character"),
+        ("a\u00a0a/0.wav\n", "line 1: found .* expected `speaker path`"),
+        ("a a/0.wav\na a/1.wav\na a/0.wav\n", "lines 1 and 3: a/0.wav stands there twice"),
+        ("a/0.wav a\n", "line 1: speaker 'a/0.wav': expected a name without '/'"),
+        ("a a/0.wav\n" + "x" * 10**6, "line 2: found"),
+    ],
+)
+def test_trials_and_cohorts_read_training_lists_as_packing_does(tmp_path, text, said):
+    with pytest.raises(TrialError, match=f"list.txt, {said}"):
+        read_utterances(write(tmp_path, text))
+
+
+def test_rows_that_contradict_each_other_are_refused(tmp_path):
+    with pytest.raises(TrialError, match="line 3: x is of bob, on an earlier line of anna"):
+        read_speakers(write(tmp_path, "x anna\nx anna\nx bob\n"))
+    with pytest.raises(TrialError, match="'x' has two rows that differ"):
+        read_metadata(write(tmp_path, "speaker,gender\nx,f\nx,f\nx,m\n"))
+
+
 def test_a_folder_in_place_of_a_list_is_named(tmp_path):
     for read in (read_trials, read_enrolment, read_speakers):
-        with pytest.raises(TrialError, match="cannot read this list: a folder, where a file is expected"):
+        with pytest.raises(TrialError, match="cannot read this list: is a folder, expected a file"):
             read(tmp_path)
 
 

@@ -14,6 +14,7 @@ from spknet.evaluate.scoring import Embedded, ScoringError
 from spknet.evaluate.systems import System
 from spknet.evaluate.thresholds import threshold_card
 from spknet.evaluate.trials import read_trials
+from tests.conftest import needed
 
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "losses.json"
 
@@ -64,9 +65,7 @@ def test_blocked_scores_equal_one_trial_at_a_time(tmp_path, score, one):
 
 
 def test_crop_score_of_voxceleb_trainer_is_reproduced():
-    if not REFERENCE.is_file():
-        pytest.skip(f"{REFERENCE} is not there")
-    values = json.loads(REFERENCE.read_text())["crop_score"]
+    values = json.loads(needed(REFERENCE).read_text())["crop_score"]
     for dtype in (np.float32, np.float64):
         a, b = (scoring.unit(np.array(values[side], dtype=dtype))[None] for side in "ab")
         zero = np.zeros(1, np.int64)

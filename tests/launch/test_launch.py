@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from launch import cluster, starts, submit
+from launch import cluster, node, starts, submit
 from launch.node import Node
 from launch.processes import descendants
 from launch.starts import newest_checkpoint_step
 from launch.task import Place, RunFailed, Task, grace_seconds
+from spknet import errors
 from spknet.train.run_folder import read_state, write_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -351,3 +352,9 @@ def command_line(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except FileNotFoundError:
         return b""
+
+
+@pytest.mark.parametrize("words", [[], ["runs/a"], ["--help"]])
+def test_node_without_a_command_says_how_it_is_used(words, capsys):
+    assert errors.run(node.main, words) == 2
+    assert capsys.readouterr().err.startswith("error: usage: python -m launch.node RUN COMMAND")

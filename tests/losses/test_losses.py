@@ -12,6 +12,7 @@ import torch
 from spknet.checkpoints.voxceleb_trainer import fit
 from spknet.config import ConfigError, LossConfig
 from spknet.losses import CLASSIFIERS, LOSSES, build_loss
+from tests.conftest import needed
 
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
 CASES = [("losses.json", f"{name}-M{m}") for name, m in [("softmax", 1), ("amsoftmax", 1), ("aamsoftmax", 1)]]
@@ -40,10 +41,7 @@ def cosine(a, b) -> float:
 
 @pytest.mark.parametrize("file, case", CASES)
 def test_value_and_gradient_equal_those_of_voxceleb_trainer(file, case):
-    path = REFERENCE / file
-    if not path.is_file():
-        pytest.skip(f"{file} of the reference numbers is not here")
-    facts, name = json.loads(path.read_text())[case], case.split("-")[0]
+    facts, name = json.loads(needed(REFERENCE / file).read_text())[case], case.split("-")[0]
     floor = 1e-6 if name == "ge2e" else None
     loss = made(name, facts["M"], facts.get("classes", 10), cosine_floor=floor, **facts["options"])
     state = {}

@@ -12,6 +12,7 @@ from spknet.data import dither
 from spknet.models import build_model
 from spknet.models.features import mel_energies, reflected, spans_of
 from spknet.models.front_ends import FRONT_ENDS, Kaldi, build_features, resolve
+from tests.models.test_official_networks import official_facts
 
 REFERENCE = json.loads((Path(__file__).resolve().parents[1] / "reference" / "features.json").read_text())
 OPTIONS = {
@@ -57,6 +58,9 @@ def test_features_equal_the_project_s(project, name, dtype):
     assert features.dtype == dtype and features.shape[1] == facts["frames"]
     expected = torch.tensor(facts["every 7th frame, every 5th band"], dtype=dtype)
     assert (features[:, ::7, ::5] - expected).abs().max() < 1e-4
+    if (official := official_facts(f"features-{project}")) is not None:
+        every = torch.tensor(official[name]["mean_removed"], dtype=dtype)
+        assert (features - every).abs().max() < 1e-4
     whole = front_end(project, remove_mean=False).to(dtype)(waves)
     mean = torch.tensor(facts["mean_over_time"], dtype=dtype)
     assert (whole.mean(dim=2)[:, ::5] - mean).abs().max() < 1e-4

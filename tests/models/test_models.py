@@ -18,6 +18,7 @@ from spknet.models.features import Spectrum, apply_masks
 from spknet.models.pooling import ChannelAttention, Maximum, Mean, SelfAttention
 from spknet.models.resnet_se import Gate
 from spknet.options import RECIPES, parse
+from tests.conftest import needed
 
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
 NETWORKS = {
@@ -46,10 +47,7 @@ PARAMETERS = {  # of the reference
 
 
 def reference(name: str) -> dict:
-    path = REFERENCE / f"{name}.json"
-    if not path.is_file():
-        pytest.skip(f"{path.name} of the reference numbers is not here")
-    return json.loads(path.read_text())
+    return json.loads(needed(REFERENCE / f"{name}.json").read_text())
 
 
 def reference_waves() -> torch.Tensor:

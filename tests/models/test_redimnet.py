@@ -14,6 +14,7 @@ from spknet.config import ConfigError, ModelConfig
 from spknet.models import build_model
 from spknet.models.redimnet import LAYOUTS
 from tests.models.test_front_ends import sounds
+from tests.models.test_official_networks import official_facts
 
 REFERENCE = json.loads((Path(__file__).resolve().parents[1] / "reference" / "redimnet.json").read_text())
 SMALL = ["ReDimNet-B0", "ReDimNet-B1", "ReDimNet-B4", "ReDimNet2-B0", "ReDimNet2-B6"]  # every kind of block
@@ -64,6 +65,7 @@ def test_embeddings_equal_the_official_code_s(file):
     left_out = model.load_state_dict(model.from_official(made_weights(keys)), strict=False)
     assert all(key.endswith("num_batches_tracked") for key in left_out.missing_keys)
     model.double()
+    whole = {one["input"]: one["output_float64"] for one in (official_facts(file) or {"inputs": []})["inputs"]}
     with torch.no_grad():
         for name, expected in facts["inputs"].items():
             if name == "waves(2, 48240)":
@@ -74,6 +76,9 @@ def test_embeddings_equal_the_official_code_s(file):
                 found, allowed = model.embed_features(torch.from_numpy(features).double()), 1e-8
             difference = found[:, ::24] - torch.tensor(expected["output_float64"], dtype=torch.float64)
             assert difference.abs().max() / expected["largest_value"] < allowed
+            if whole:
+                difference = found - torch.tensor(whole[name], dtype=torch.float64)
+                assert difference.abs().max() / expected["largest_value"] < allowed
 
 
 def test_parameters_of_every_size_are_the_published_ones():

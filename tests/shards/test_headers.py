@@ -68,6 +68,23 @@ WHOLE = {
 REFUSED = {
     "two pieces of audio": (stream(16000, chunk(b"data", b"abcd")), "two pieces of audio"),
     "audio behind a short size": (stream(4000), "12000 bytes behind its audio are no chunks"),
+    "two files in one": (
+        stream(16000) + riff(chunk(b"fmt ", FORM), chunk(b"data", PCM.tobytes()), size=16036),
+        "two pieces of audio",
+    ),
+    "samples wider than their bits": (
+        riff(chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, 16000, 64000, 4, 24)), chunk(b"data", PCM.tobytes())),
+        "samples of 4 bytes for 1 channels of 24 bits",
+    ),
+    "RF64, cut": (
+        riff(
+            chunk(b"ds64", struct.pack("<QQQI", 0, 1 << 40, 1 << 39, 0)),
+            chunk(b"fmt ", FORM),
+            chunk(b"data", PCM.tobytes(), 0xFFFFFFFF),
+            head=b"RF64",
+        ),
+        "promises 1099511627776 bytes of audio, 16000 are there",
+    ),
     "cut": (stream(16000)[:9000], "cut: its header promises 16000 bytes of audio, 8956 are there"),
     "no data": (riff(chunk(b"fmt ", FORM)), "no data chunk"),
     "no format": (riff(chunk(b"data", b"ab")), "no format"),
@@ -194,10 +211,34 @@ def test_ogg_sums_are_those_of_a_published_page(speech):
     assert crc == expected == containers.ogg_crc(bytes(page))
 
 
-def test_chained_ogg_streams_are_refused_and_not_half_read(speech):
-    data = ffmpeg(speech, "-c:a", "libvorbis", "-f", "ogg")
-    with pytest.raises(ShardError, match="several Ogg streams in one file"):
-        audio.decode(data + data, "a.ogg", 16000)
+@pytest.mark.parametrize("ending", sorted({*KINDS, "wma"} - {"aac", "vbr.mp3"}))
+def test_two_recordings_in_one_file_are_refused_and_not_half_read(speech, ending):
+    words, pipe, _ = KINDS.get(ending, (["-c:a", "wmav2", "-f", "asf"], False, False))
+    data = ffmpeg(speech, *words, pipe=pipe)
+    with pytest.raises(
+        ShardError, match=f"a.{ending}: (several|.* stand behind|cut or damaged|not readable|ffmpeg cannot)"
+    ):
+        audio.decode(data + data, f"a.{ending}", 16000, True)
+
+
+def test_a_flac_with_a_wrong_length_is_refused_by_every_reader(tmp_path, speech):
+    data = ffmpeg(speech, "-f", "flac")
+    word = int.from_bytes(data[18:26], "big")
+    for length in (1, 4096, 16384, 31999, 32001, 64000):  # 4096: where a frame ends
+        path = written(tmp_path, data[:18] + (word - 32000 + length).to_bytes(8, "big") + data[26:], "id1/a/0.flac")
+        said = f"0.flac: cut or damaged: no frame ends at the {length} samples of its header"
+        with pytest.raises(ShardError, match=said):
+            read_audio(path, 16000)
+        with pytest.raises(ShardError, match=said):
+            open_files(tmp_path / "list.txt", tmp_path)
+
+
+def test_no_message_of_a_decoder_holds_a_python_object_or_an_address(speech):
+    bits0 = riff(chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, 16000, 32000, 2, 0)), chunk(b"data", PCM.tobytes()))
+    for data in (bits0, b"#!AMR\n" + b"\xff" * 400):
+        with pytest.raises(ShardError, match="^a.wav: ") as error:
+            audio.decode(data, "a.wav", 16000)
+        assert "<" not in str(error.value) and "0x" not in str(error.value)
 
 
 def test_the_length_of_a_flac_from_a_pipe_is_found_in_its_last_frame(speech):

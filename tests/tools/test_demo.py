@@ -47,6 +47,12 @@ def test_a_missing_list_is_named_before_anything_is_written(missing, checkout, t
     )
 
 
+def test_a_mistyped_option_is_told_before_anything_is_made(checkout):
+    done = demo(checkout, "--train.max_stepz", "3")
+    assert done.returncode == 2 and not (checkout / "demo").exists()
+    assert done.stderr == "error: unknown option --train.max_stepz; did you mean train.max_steps?\n"
+
+
 def test_a_list_that_is_none_is_named_with_its_line(checkout, tmp_path):
     (tmp_path / "train_list.txt").write_text("one\n")
     (tmp_path / "test_list.txt").write_text("1 a b\n")

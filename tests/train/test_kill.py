@@ -9,9 +9,12 @@ import time
 import pytest
 import torch
 
+from spknet.checkpoints import file as checkpoint
+from spknet.train import __main__ as command  # before the ranks are forked: each would import it again
+from spknet.train import sidelines, trainer
 from spknet.train.metrics_log import read_metrics
 from spknet.train.run_folder import read_state
-from tests.ranks import train
+from tests.ranks import exit_statuses, train
 
 KEYS = ("step", "epoch", "loss", "accuracy", "lr")
 FORK = multiprocessing.get_context("fork")
@@ -21,9 +24,6 @@ KILLS = int(os.environ.get("SPKNET_KILLS", "3"))
 
 def _run(words, die_at_write, status):
     """Trains in this process; die_at_write: (checkpoint number, seconds after it has begun) to kill itself at."""
-    from spknet.checkpoints import file as checkpoint
-    from spknet.train.__main__ import main
-
     if die_at_write is not None:
         real, left = torch.save, [die_at_write]
 
@@ -36,7 +36,7 @@ def _run(words, die_at_write, status):
             os.kill(os.getpid(), signal.SIGKILL)
 
         checkpoint.torch.save = save_and_die
-    status.value = main(words)
+    status.value = command.main(words)
 
 
 def start(words, die_at_write=None):
@@ -90,15 +90,53 @@ def test_sigkill_at_random_moments_continues_to_the_same_bits(options, tmp_path)
     assert not [p.name for p in (folder / "checkpoints").iterdir() if not p.name.endswith(".pt")]
 
 
-@pytest.mark.parametrize(
-    "world", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4]
-)
-def test_a_run_goes_on_to_the_same_bits_on_any_number_of_ranks(world, options, tmp_path):
+def _is_killed(rank: int, place: str, victim: int, words: list[str]) -> int:
+    """spknet.train, one rank of which is killed at `place`."""
+    if rank == victim:
+        owner, name, calls = {
+            "training": (trainer, "prepare", 4),
+            "saving": (checkpoint.torch, "save", 1),
+            "evaluation": (sidelines.evaluation, "evaluate_network", 1),
+        }[place]
+        real, left = getattr(owner, name), [calls]
+
+        def die(*arguments, **named):
+            left[0] -= 1
+            if left[0] > 0:
+                return real(*arguments, **named)
+            if place == "saving":
+                arguments[1].write(b"half a checkpoint")
+                arguments[1].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, die)
+    return command.main(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_rank_killed_in_training_saving_and_evaluation_leaves_a_run_that_ends_with_the_same_bits(
+    world, options, corpus, tmp_path
+):
     words = [*options, "--train.precision", "float32", "--data.speakers_per_batch", "12", "--loss.name", "aamsoftmax"]
-    train(world, [*words, "--train.max_steps", "9", "--run_dir", str(tmp_path / "whole")])
-    for steps in ("1", "4", "9"):
-        train(world, [*words, "--train.max_steps", steps, "--run_dir", str(tmp_path / "parts")])
-    assert_same_run(tmp_path / "parts", tmp_path / "whole", 9)
+    words += ["--train.max_steps", "6", "--train.save_every_steps", "2", "--train.keep_checkpoints", "0"]
+    words += ["--eval.trials", f"{corpus}/test_list.txt", "--eval.root", str(corpus), "--eval.every_epochs", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(world, [*words, "--run_dir", str(whole)])
+    newest = []
+    for place, victim in (("training", world - 1), ("saving", 0), ("evaluation", world - 1)):
+        statuses = exit_statuses(world, _is_killed, place, victim, [*words, "--run_dir", str(killed)])
+        assert statuses == [-signal.SIGKILL if rank == victim else 75 for rank in range(world)], place
+        newest.append(max(path.name for path in killed.glob("checkpoints/step-*.pt")))
+    assert newest == [
+        f"step-0000000{step}.pt" for step in (2, 2, 4)
+    ]  # killed in step 4: before, in and after its saving
+    train(world, [*words, "--run_dir", str(killed)])
+    assert_same_run(killed, whole, 6)
+    scores = [
+        [line["eval"]["eer"] for line in read_metrics(f / "metrics.jsonl") if "eval" in line] for f in (killed, whole)
+    ]
+    assert scores[0] == scores[1] and len(scores[0]) >= 2
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(options, tmp_path, capfd):

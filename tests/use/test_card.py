@@ -110,7 +110,14 @@ def test_a_network_without_a_card_says_so(run_dir, wavs, tmp_path, capsys):
     verdict = spknet.load(path, "cpu").verify(*wavs[:2])
     assert verdict.same is None and "never calibrated: it has no card; make one with `spknet card" in verdict.why[-1]
     words = ["verify", *wavs[:2], "--checkpoint", str(path), "--device", "cpu"]
-    assert cli.main(words) == 2 and "no decision: this network was never calibrated" in capsys.readouterr().err
+    voices = str(tmp_path / "voices")
+    assert cli.main(["enroll", "Ann", wavs[0], "--to", voices, *words[3:]]) == 0 and capsys.readouterr()
+    for command in (words, ["identify", wavs[1], "--among", voices, *words[3:]]):
+        assert cli.main(command) == 2
+        out, err = capsys.readouterr()
+        assert out.count("never calibrated") == 1 and "never calibrated" not in err and "give --threshold" in err
+        assert cli.main([*command, "--json"]) == 2
+        assert json.loads(capsys.readouterr().out)["why"][-1] == verdict.why[-1]
     assert cli.main([*words, "--threshold", "-1"]) == 0 and cli.main([*words, "--threshold", "1"]) == 1
     assert cli.main(["card", str(path), "--device", "cpu"]) == 0
     assert spknet.load(path, "cpu").card == cards.read(tmp_path / "a.pt.card.json")

@@ -10,7 +10,7 @@ import torch
 
 from spknet import cli, rng
 from spknet.config import FeaturesConfig, LossConfig, ModelConfig
-from spknet.models import build_model, campplus, dfresnet, resnet_se
+from spknet.models import MODELS, build_model, campplus, dfresnet, resnet_se
 from spknet.use import int8, onnx_file
 from spknet.use.onnx_file import ExportError, OnnxNetwork
 from tests.checkpoints.test_voxceleb_trainer import own_checkpoint
@@ -29,6 +29,7 @@ FAMILIES = {
     "redimnet2": ModelConfig(name="ReDimNet2-B0", embedding_size=32, agg_gnorm=True),
     "rawnet3": ModelConfig(name="RawNet3", width=0.125, embedding_size=32, encoder="ECA"),
     "vggvox": ModelConfig(name="VGGVox", width=0.125, embedding_size=32),
+    "lstm": ModelConfig(name="GE2E-LSTM", width=0.25, embedding_size=32),
 }
 
 
@@ -38,7 +39,7 @@ def shallow(monkeypatch):
     monkeypatch.setattr(campplus, "BLOCKS", ((2, 1), (2, 2), (2, 2)))
     monkeypatch.setattr(dfresnet.DFResNet60, "depths", (1, 1, 1, 1))
     for name in ("ResNet34", "ERes2NetV2", "SimAM-ResNet34", "Res2Net34"):
-        monkeypatch.setattr(build_model.__globals__["MODELS"][name], "blocks", (1, 1, 1, 1))
+        monkeypatch.setattr(MODELS[name], "blocks", (1, 1, 1, 1))
 
 
 def network_of(config: ModelConfig) -> torch.nn.Module:
@@ -63,6 +64,12 @@ def test_one_network_of_each_family_answers_the_same_as_onnx(family, shallow):
     )  # another batch, a quarter of a second
     with torch.no_grad():
         torch.testing.assert_close(made(waves), network(waves), rtol=1e-3, atol=1e-4 * float(network(waves).norm()))
+
+
+def test_no_family_is_left_out():
+    assert {network.__module__ for network in MODELS.values()} == {
+        MODELS[config.name].__module__ for config in FAMILIES.values()
+    }
 
 
 FRONT_ENDS = {

@@ -6,10 +6,10 @@ A benchmark is a file here with `add_options(parser)` and `rows(chosen)`, which 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import sys
 
+from shards.commands import Parser, did_you_mean
 from spknet.errors import USAGE, run
 
 BENCHMARKS = {
@@ -38,9 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name, words = argv[0], argv[1:]
     if name not in BENCHMARKS:
-        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"benchmarks: {', '.join(BENCHMARKS)}"
-        print(f"error: unknown benchmark {name!r}; {hint}", file=sys.stderr)
+        hint = did_you_mean(name, BENCHMARKS) or f"benchmarks: {', '.join(BENCHMARKS)}"
+        print(f"error: unknown benchmark {name!r}; {hint.rstrip()}", file=sys.stderr)
         return USAGE
     return measure(name, words)
 
@@ -51,7 +50,7 @@ def measure(name: str, words: list[str]) -> int:
 
     bench = importlib.import_module(f"tools.bench.{name}")
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"spknet bench {name}", description=bench.__doc__, formatter_class=form)
+    parser = Parser(f"spknet bench {name}", description=bench.__doc__, formatter_class=form)
     bench.add_options(parser)
     parser.add_argument("--json", help="file for the same rows as data, with the machine and the options")
     chosen = parser.parse_args(words)

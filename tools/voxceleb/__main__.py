@@ -25,6 +25,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from shards import errors
+from shards.commands import Parser
 from shards.format import write_file
 from shards.pack import pack
 from tools import musan
@@ -245,8 +246,8 @@ DATAPREP = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def parser() -> Parser:
+    p = Parser(
         "spknet voxceleb", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     p.add_argument("step", nargs="?", choices=STEPS, help="what to do, see above")
