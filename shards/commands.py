@@ -33,6 +33,8 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line with the nearest option or word, in place of the whole usage."""
 
+    words: list[str] = []  # of the command line, once it is read
+
     def parse_known_args(self, args=None, namespace=None):
         self.words = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(args, namespace)
