@@ -51,6 +51,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def told(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int]:
+    """Decorates a command whose callers need not know of `run`: what is usable without the `spknet` command."""
+
+    @functools.wraps(main)
+    def command(argv: list[str] | None = None) -> int:
+        return run(main, argv)
+
+    return command
+
+
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """The exit status of main(argv); mistakes of the user are printed in one sentence (status 2; Ctrl-C 130)."""
     try:
@@ -70,13 +80,3 @@ def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None =
             raise
         print(f"error: {printable(str(of_system(error)))}", file=sys.stderr)
     return USAGE
-
-
-def told(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int]:
-    """Decorates a command whose callers need not know of `run`: what is usable without the `spknet` command."""
-
-    @functools.wraps(main)
-    def command(argv: list[str] | None = None) -> int:
-        return run(main, argv)
-
-    return command

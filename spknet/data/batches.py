@@ -138,7 +138,15 @@ class Steps(torch.utils.data.Dataset):
             speed_slots = np.repeat(slots[:, :1], slots.shape[1], axis=1).reshape(-1)
             labels = labels + self.corpus.n_labels * self.augmenter.speed_index(epoch, slots[:, 0])
         augment = self.augmenter.read(epoch, slots.reshape(-1), speed_slots)
-        return Batch(step, crops, labels, flat, slots.reshape(-1), draws, augment)
+        return Batch(
+            step=step,
+            crops=crops,
+            labels=labels,
+            rows=flat,
+            slots=slots.reshape(-1),
+            draws=draws,
+            augment=augment,
+        )
 
     def _buffer(self, step: int, shape: tuple[int, int]) -> torch.Tensor:
         """Where to read a step's crops to.

@@ -75,7 +75,9 @@ def det(systems: dict[str, tuple[np.ndarray, np.ndarray]], title: str = "") -> b
     axes.plot([low, ndtri(0.6)], [low, ndtri(0.6)], ":", color="grey", linewidth=0.8)
     for marker, meaning in (("o", "EER"), ("s", "minDCF, P = 0.01"), ("^", "minDCF, P = 0.05")):
         axes.plot([], [], marker, color="grey", markerfacecolor="grey" if marker == "o" else "white", label=meaning)
-    axes.set(xlabel="false alarms, % of non-targets", ylabel="misses, % of targets", title=_plain(title))
+    axes.set_xlabel("false alarms, % of non-targets")
+    axes.set_ylabel("misses, % of targets")
+    axes.set_title(_plain(title))
     axes.legend(fontsize=8, loc="lower left")
     return _png(figure)
 

@@ -16,7 +16,10 @@ import sys
 
 from spknet.errors import UserError, run
 
-FIRST_PORT = PORTS = 15000  # below the ephemeral range of Linux (32768 to 60999), above most registered services
+FIRST_PORT, PORTS = (
+    15000,
+    15000,
+)  # below the ephemeral range of Linux (32768 to 60999) and above the registered services
 
 
 class NodeListError(UserError):
