@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = did_you_mean(argv[0], modules) or f"commands: {', '.join(modules)}"
         print(f"error: unknown command {argv[0]!r}; {hint.rstrip()}", file=sys.stderr)
         return USAGE
-    return run(importlib.import_module(modules[argv[0]]).main, argv[1:])
+    # The import takes seconds where it brings torch: Ctrl-C is told then, too.
+    return run(lambda words: importlib.import_module(modules[argv[0]]).main(words), argv[1:])
 
 
 def start() -> None:
