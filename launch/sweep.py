@@ -39,6 +39,7 @@ from launch.cluster import SubmitError
 from launch.status import aligned, run_status, slurm_jobs
 from shards.commands import Parser
 from spknet.errors import UserError
+from spknet.options import Loader
 from spknet.train.run_folder import write_json
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -151,7 +152,7 @@ def sweep_path(name: str) -> Path:
 def read_sweep(path: Path) -> dict:
     """The YAML file as a dict. Raises SubmitError for what is not a sweep."""
     try:
-        sweep = yaml.safe_load(path.read_text())
+        sweep = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SubmitError(f"{path} is not YAML: {error}") from None
     if not isinstance(sweep, dict) or not (sweep.get("grid") or sweep.get("runs")):

@@ -64,19 +64,29 @@ def told(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] 
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """The exit status of main(argv); mistakes of the user are printed in one sentence (status 2; Ctrl-C 130)."""
     try:
-        return main(argv) or 0
+        status = main(argv) or 0
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output (`| head`) has gone: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except UnicodeDecodeError as error:
         print(f"error: a text file is not UTF-8 ({error}); convert it with iconv", file=sys.stderr)
     except OSError as error:
         if error.errno is None:
             raise
+        if error.filename is None:
+            _drop_output()
         print(f"error: {printable(str(of_system(error)))}", file=sys.stderr)
     return USAGE
+
+
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere: Python would complain of it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

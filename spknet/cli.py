@@ -61,7 +61,10 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a subcommand; returns its exit status (2 for one that does not exist)."""
-    argv = sys.argv[1:] if argv is None else argv
+    return run(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> int:
     modules = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: spknet COMMAND [options]; spknet COMMAND --help tells its options")
@@ -76,8 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = did_you_mean(argv[0], modules) or f"commands: {', '.join(modules)}"
         print(f"error: unknown command {argv[0]!r}; {hint.rstrip()}", file=sys.stderr)
         return USAGE
-    # The import takes seconds where it brings torch: Ctrl-C is told then, too.
-    return run(lambda words: importlib.import_module(modules[argv[0]]).main(words), argv[1:])
+    return importlib.import_module(modules[argv[0]]).main(argv[1:])
 
 
 def start() -> None:

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from spknet.errors import UserError
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, str_max_length=4096)
 
 # encoder, embedding_size, n_mels where not given: as published, by the beginning of the name; else SAP, 512, 40.
 PUBLISHED = {
@@ -127,14 +127,14 @@ class ModelConfig:
 
     name: str = option("ResNetSE34L", "network; `spknet info` lists them")
     encoder: str | None = option(None, "pooling over time (docs/variants.md lists them); null: as published")
-    embedding_size: int | None = option(None, "dimensions of an embedding; null: as published", ge=1)
+    embedding_size: int | None = option(None, "dimensions of an embedding; null: as published", ge=1, le=65536)
     n_mels: int | None = option(None, "mel bands of the features; null: as published", ge=1, le=1024)
     log_input: bool = option(True, "logarithm of the mel energies")
     window: Literal["auto", "hamming", "hann"] = option(
         "auto", "analysis window; auto: as voxceleb_trainer's network of that name"
     )
     input_scale: Literal["unit", "int16"] = option("unit", "what the network is given: [-1, 1] or -32768..32767")
-    width: float = option(1.0, "factor on the number of channels", gt=0)
+    width: float = option(1.0, "factor on the number of channels", gt=0, le=64)
     sinc_stride: int = option(10, "RawNet3: stride of the learned filter bank, samples", ge=1)
     variant: str = option(
         "auto", "whose version of the network, e.g. wespeaker, 3dspeaker, speechbrain; auto: its first"
@@ -296,7 +296,7 @@ class EvalConfig:
     every_epochs: float = option(
         10.0, "epochs between evaluations; the last step is always evaluated; 0: at the end only", ge=0
     )
-    crop_seconds: float = option(0.0, "length of an evaluation crop, seconds; 0: whole utterances", ge=0)
+    crop_seconds: float = option(0.0, "length of an evaluation crop, seconds; 0: whole utterances", ge=0, le=3600)
     crops: int = option(1, "crops spread evenly over each utterance", ge=1)
     score: Literal["cosine", "mean_distance"] = option(
         "cosine", "cosine of mean embeddings, or mean distance of all pairs of crops"
@@ -310,7 +310,7 @@ class EvalConfig:
     weights: Literal["averaged", "trained"] = option(
         "averaged", "averaged where the run averages (train.average_epochs, train.ema)"
     )
-    batch_seconds: float = option(0.0, "audio in one forward pass, s; 0: half of the GPU's memory, 60 on a CPU", ge=0)
+    batch_seconds: float = option(0.0, "s of audio in one pass; 0: half of the GPU's memory, 60 on a CPU", ge=0, le=1e6)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -13,16 +13,18 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
+import unicodedata
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
 
 from shards.commands import did_you_mean
-from spknet.config import Config, ConfigError, from_dict, groups, nearest, to_dict
+from spknet.config import Config, ConfigError, flatten, from_dict, groups, nearest, to_dict
 
 RECIPES = Path(__file__).parent / "recipes"
 WIDTH = 118  # characters of a line of help
+LARGEST = 1e15  # of any number: beyond are slips of the keyboard that no integer of torch or numpy takes
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -38,7 +40,7 @@ def parse(argv: list[str]) -> Config:
     for key, value in values.items():
         group, dot, name = key.rpartition(".")
         _merge(merged, {group: {name: value}} if dot else {key: value})
-    config = from_dict(merged)
+    config = checked(merged)
     if show:
         print(commented(config), end="")
         sys.exit(0)
@@ -106,6 +108,31 @@ def types() -> dict[str, Any]:
     return found
 
 
+def checked(values: dict[str, Any]) -> Config:
+    """The Config of nested options. Raises ConfigError also where a text has control characters, or true stands for a number."""
+    config, kinds = from_dict(values), types()
+    for name, value in flatten(values).items():
+        if isinstance(value, bool) and bool not in _parts(kinds[name]):
+            raise ConfigError(f"{name}: {str(value).lower()} given, expected {_kind(kinds[name])}")
+        if isinstance(value, (int, float)) and abs(value) > LARGEST:
+            raise ConfigError(f"{name}: {value:g} given, expected at most {LARGEST:g}")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+                raise ConfigError(f"{name}: {ascii(text)} has a control character; correct it")
+    return config
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which an option or a group stands once; of two, PyYAML takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, dict) and isinstance(into.get(name), dict):
@@ -138,7 +165,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     """The nested options of a recipe. Raises ConfigError where the file holds something else."""
     path = recipe_path(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot read this YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -148,7 +175,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     # An empty group (`eval:`) is a group without options.
     values = {name: {} if value is None and name in groups() else value for name, value in values.items()}
     try:
-        from_dict(values)
+        checked(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return values

@@ -200,6 +200,19 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert told(capsys, ["evalute"]) == (2, "error: unknown command 'evalute'; did you mean evaluate?\n")
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["recipes"]], ids=" ".join)
+def test_output_that_cannot_be_written_or_that_nobody_reads_is_no_traceback(words):
+    command = [sys.executable, "-m", "spknet", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: the disk is full") and done.stderr.count("\n") == 1
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1 and not done.stderr
+
+
 def test_version_and_module(capsys):
     assert cli.main(["--version"]) == 0 and capsys.readouterr().out.startswith("spknet 0.")
     done = subprocess.run([sys.executable, "-m", "spknet", "--version"], cwd=ROOT, capture_output=True, text=True)

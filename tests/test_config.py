@@ -76,6 +76,34 @@ def test_a_value_of_the_wrong_type_is_named(words, found):
         parse(words)
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("optim:\n  lr: 0.1\noptim:\n  lr: 0.2\n", "optim stands there twice"),
+        ("optim: {lr: 0.1, lr: 0.2}\n", "lr stands there twice"),
+        ("optim:\n\tlr: 0.1\n", "cannot read this YAML"),
+        ("a: &a [*a]\n", "unknown option a"),
+        ("data: &a {train_list: *a}\n", "data.train_list"),
+        ("data: {dev_speakers: true}\n", "data.dev_speakers: true given, expected INT"),
+        ("optim: {lr: true}\n", "optim.lr: true given, expected NUMBER"),
+        ("optim: {lr: .nan}\n", "optim.lr: nan given, expected a finite number"),
+        ('run_dir: "runs/a\\0b"\n', r"run_dir: 'runs/a.x00b' has a control character"),
+        ('run_dir: "runs/a\\nb"\n', "run_dir: 'runs/a.nb' has a control character"),
+        ('data: {train_shards: ["a", "\\ud800"]}\n', "data.train_shards: "),
+        (f"train: {{max_steps: {10**30}}}\n", "train.max_steps: 1e.30 given, expected at most 1e.15"),
+        ("model: {name: " + "x" * 5000 + "}\n", "model.name: .*expected String should have at most 4096"),
+        ("[" * 5000, "cannot read this YAML: maximum recursion depth"),
+        ("run_dir: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+    ],
+    ids=lambda value: repr(value[:24]),
+)
+def test_a_recipe_that_means_something_else_than_it_says_is_refused_with_its_name(tmp_path, text, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"mine.yaml: .*{said}"):
+        parse(["--config", str(path)])
+
+
 def test_recipes_merge_in_order_and_several_values_stand_side_by_side(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("optim: {lr: 0.5, momentum: 0.5}\neval:\n")

@@ -16,6 +16,7 @@ import sys
 
 from spknet.errors import UserError, run
 
+MOST_HOSTS = 1 << 20  # of one range
 FIRST_PORT, PORTS = (
     15000,
     15000,
@@ -45,6 +46,8 @@ def first_host(nodelist: str) -> str:
 
 def rendezvous_port(job: str) -> int:
     """A port that every node of a job computes alike."""
+    if not job.isdecimal():
+        raise NodeListError(f"SLURM_JOB_ID={job!r} in the environment; expected a whole number")
     return FIRST_PORT + int(job) % PORTS
 
 
@@ -68,7 +71,7 @@ def _numbers(ranges: str, nodelist: str) -> list[str]:
     found = []
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match or int(match[2] or match[1]) < int(match[1]):
+        if not match or not 0 <= int(match[2] or match[1]) - int(match[1]) < MOST_HOSTS:
             raise NodeListError(f"node list {nodelist!r}: expected a number or a range such as 01-03, found {part!r}")
         width = len(match[1])
         found += [f"{number:0{width}d}" for number in range(int(match[1]), int(match[2] or match[1]) + 1)]

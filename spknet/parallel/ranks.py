@@ -34,6 +34,7 @@ from spknet.parallel import torchrun
 from spknet.parallel.nodelist import first_host, rendezvous_port
 from spknet.parallel.process import identity
 
+MOST_RANKS, MOST_THREADS = 1 << 20, 1024  # more is a slip, and torch would wait for them, or OpenMP die of them
 PATIENCE = 10.0  # seconds of waiting after which a rank says what it waits for
 GOODBYE = 2.0  # seconds that the store outlives its rank's last words
 
@@ -96,7 +97,7 @@ def from_environment(environment=os.environ) -> dict[str, int] | None:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         rank, world, local, local_size = (_number(environment, name) for name in names)
         lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if world > 1 and name not in environment]
-        if lacking or not 0 <= rank < world:
+        if lacking or not 0 <= rank < world <= MOST_RANKS:
             found = f"{' and '.join(lacking)} not" if lacking else f"RANK={rank} of WORLD_SIZE={world}"
             raise RankError(f"RANK and WORLD_SIZE are set, but {found}; start ranks by torchrun, or unset RANK")
         return {"rank": rank, "world_size": world, "local": local, "local_size": local_size or world}
@@ -123,7 +124,7 @@ def _tasks_per_node(word: str) -> list[int]:
 
 def _number(environment, name: str, default: int = 0) -> int:
     value = environment.get(name, str(default))
-    if not value.isdigit():
+    if not value.isdecimal():
         raise RankError(f"{name}={value!r} in the environment; expected a whole number")
     return int(value)
 
@@ -328,6 +329,8 @@ def threads_of(me: Ranks) -> int:
     """CPU threads of a rank: OMP_NUM_THREADS where the user has set it (of nested values, `2,1`, the first), else an equal
     share of the cores. The 1 that torchrun sets where nobody has said anything does not count."""
     word = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if word.isdigit() and int(word) > MOST_THREADS:
+        raise RankError(f"OMP_NUM_THREADS={word} in the environment; expected at most {MOST_THREADS}")
     if word.isdigit() and int(word) > 0 and not (word == "1" and torchrun.sets_threads()):
         return int(word)
     return max(1, len(os.sched_getaffinity(0)) // me.local_size)

@@ -37,6 +37,7 @@ HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 35.0  # an owner elsewhere whose lock is not renewed for so long counts as dead
 GUARD_SECONDS = 10.0  # deciding takes milliseconds; a newcomer that was suspended meanwhile is waited for so long
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without it
+FILES, FOLDERS = ("config.yaml", "record.json", "state.json", "metrics.jsonl"), ("checkpoints", "tensorboard", "eval")
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
@@ -130,6 +131,7 @@ def hold(run_dir: str | Path, say: Callable[[str], None] = warn) -> Iterator[Own
         raise RunError(f"--run_dir {run_dir}: a file stands where a folder is expected; give another path") from error
     owner = Owner(Path(run_dir))
     try:
+        _check_kinds(folder)
         owner.take(say)
         try:
             yield owner
@@ -139,6 +141,16 @@ def hold(run_dir: str | Path, say: Callable[[str], None] = warn) -> Iterator[Own
         with contextlib.suppress(OSError):  # not empty: something was written
             for path in made:
                 path.rmdir()
+
+
+def _check_kinds(folder: Path) -> None:
+    """What stands in a run's places must be of their kind: a pipe would block for ever, a device would swallow what is written."""
+    for names, is_kind, expected in ((FILES, stat.S_ISREG, "a file"), (FOLDERS, stat.S_ISDIR, "a folder")):
+        for path in (folder / name for name in names if os.path.lexists(folder / name)):
+            kind = path.stat().st_mode if path.exists() else os.lstat(path).st_mode
+            if not is_kind(kind):
+                found = "a file" if stat.S_ISREG(kind) else KINDS.get(stat.S_IFMT(kind), "a device")
+                raise RunError(f"{path} is {found}, where {expected} is expected; remove it")
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ def test_node_list_is_expanded_in_its_order(nodelist):
         ("gpu[]", "expected names as SLURM writes them"),
         ("gpu[3-1]", "expected a number or a range such as 01-03, found '3-1'"),
         ("gpu[1-x]", "found '1-x'"),
+        ("gpu[1-99999999999]", "found '1-99999999999'"),
     ],
 )
 def test_what_is_no_node_list_is_named(nodelist, said):
@@ -45,6 +46,8 @@ def test_ranks_of_a_job_meet_at_its_first_host_on_a_port_below_the_ephemeral_ran
     assert all(15000 <= rendezvous_port(str(job)) < 30000 for job in (1, 14999, 15000, 67108863))
     with pytest.raises(NodeListError, match="SLURM_JOB_NODELIST is not set: this is no SLURM job"):
         endpoint({})
+    with pytest.raises(NodeListError, match="SLURM_JOB_ID='a7' in the environment; expected a whole number"):
+        endpoint({"SLURM_JOB_NODELIST": "gpu7", "SLURM_JOB_ID": "a7"})
 
 
 def test_command_prints_one_host_a_line():

@@ -17,7 +17,7 @@ import pytest
 
 from spknet.parallel.process import machine, started
 from spknet.train import lock as locks
-from spknet.train.lock import RunError, hold, may_write
+from spknet.train.lock import FILES, FOLDERS, RunError, hold, may_write
 from spknet.train.run_folder import read_state, write_state
 from tests.ranks import exit_statuses
 
@@ -232,6 +232,28 @@ def test_what_is_no_file_is_named_and_left_alone(kind, tmp_path):
     with pytest.raises(RunError, match=f"lock is {kind}, where a file is expected; remove it"), hold(tmp_path):
         pass
     assert os.path.lexists(path) and write_state(tmp_path, "failed", 0)
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+def test_what_is_of_another_kind_in_a_runs_folder_is_named_and_blocks_nobody(name, tmp_path):
+    path = tmp_path / name
+    ways = [
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/null"),
+        lambda: path.symlink_to(tmp_path / "nowhere"),
+    ]
+    ways.append(path.mkdir if name in FILES else path.touch)
+    for make, found in zip(ways, ("a pipe", "a device", "a link", "a folder" if name in FILES else "a file")):
+        make()
+        with pytest.raises(RunError, match=f"{name} is {found}, where a f.* is expected; remove it"), hold(tmp_path):
+            pass
+        assert os.path.lexists(path) and not (tmp_path / "lock").exists()
+        path.rmdir() if found == "a folder" else path.unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.touch() if name in FILES else elsewhere.mkdir()
+    path.symlink_to(elsewhere)  # a link to what is right is right
+    with hold(tmp_path):
+        pass
 
 
 def test_a_requeued_job_takes_its_lock_at_once_but_not_from_another_living_step(fast, tmp_path, monkeypatch):
