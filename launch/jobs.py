@@ -19,7 +19,8 @@ import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from spknet.train.run_folder import STALE_SECONDS, write_json
+from spknet.train.lock import STALE_SECONDS
+from spknet.train.run_folder import write_json
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "CONFIGURING", "SUSPENDED", "SPECIAL_EXIT")
 ALIVE = (*WAITING, "RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")

@@ -36,10 +36,8 @@ LOCATION = np.dtype(
 )
 SEPARATOR = "::"
 LARGEST = 2 << 30  # bytes of a file or member; an hour of 16 kHz audio has 115 MB
-LARGEST_RATIO, HARMLESS = (
-    100,
-    64 << 20,
-)  # a member that inflates further, and beyond these bytes, is a bomb; speech inflates 1.2 times
+# A member that inflates further, and beyond these bytes, is a bomb; speech inflates 1.2 times.
+LARGEST_RATIO, HARMLESS = 100, 64 << 20
 
 
 def split(source: str) -> tuple[str, str | None]:

@@ -5,7 +5,8 @@
     CACHE/<16 hex of sha256>-train-000000.tar.part   one that a process is copying, or left when it was killed; never read
     CACHE/index-<16 hex>/                         the index files, and their .ok
 
-One process of a node copies a tar (flock on the .part file); the others read the source meanwhile. A copy that somebody wrote to since differs from its .ok, is checked again, and is copied again where it is damaged. A name made from
+One process of a node copies a tar (flock on the .part file); the others read the source meanwhile. A copy that somebody
+wrote to since differs from its .ok, is checked again, and is copied again where it is damaged. A name made from
 content is never stale, so several data sets and several runs share a cache. What does not fit under the size limit stays
 at its source; nothing is evicted, since training touches all tars equally often.
 
@@ -29,21 +30,8 @@ from shards import format
 from shards.commands import command
 from shards.format import ShardError
 
-NETWORK = (
-    "nfs",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "cifs",
-    "smb",
-    "ceph",
-    "glusterfs",
-    "afs",
-    "fuse.",
-    "9p",
-    "pvfs",
-    "wekafs",
-)
+NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "glusterfs", "afs", "fuse.", "9p", "pvfs")
+NETWORK += ("wekafs",)
 PIECE = 1 << 23  # bytes copied at a time
 
 
@@ -203,8 +191,7 @@ def _is_checked(path: Path, size: int) -> bool:
 
 
 def _mark_checked(path: Path) -> None:
-    with format.atomic_write(path.with_name(path.name + ".ok")) as file:
-        file.write(_stamp(path).encode())
+    format.write_file(path.with_name(path.name + ".ok"), _stamp(path))
 
 
 def _is_whole(path: Path, entry: dict) -> bool:

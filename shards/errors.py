@@ -10,6 +10,7 @@ UserError whose text says what was found, what was expected and what to do; `run
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -48,6 +49,16 @@ def printable(text: str) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def told(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int]:
+    """Decorates a command whose callers need not know of `run`: what is usable without the `spknet` command."""
+
+    @functools.wraps(main)
+    def command(argv: list[str] | None = None) -> int:
+        return run(main, argv)
+
+    return command
 
 
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:

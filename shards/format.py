@@ -33,9 +33,7 @@ CODECS = ("wav", "flac")
 BLOCK = 512  # tar block, bytes
 WAV_HEADER = 44  # bytes before the first PCM byte of a canonical RIFF file
 TAR_END = bytes(2 * BLOCK)
-IDENTITY = (
-    b"spknet-shards identity\n"  # first line of a tar's last block, behind TAR_END, where no reader of tars looks
-)
+IDENTITY = b"spknet-shards identity\n"  # first line of a tar's last block, behind TAR_END, where no reader looks
 MAX_KEY = 95  # KEY.flac then fits the 100 bytes of a USTAR name, and no prefix field is needed
 MAX_SAMPLES = (2**32 - 1 - WAV_HEADER) // 2
 
@@ -185,6 +183,12 @@ def atomic_write(path: str | Path, *, exclusive: bool = False):
     _sync_folder(path.parent)
 
 
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Writes a whole file by atomic_write. Text as UTF-8; names of files in it that are none get their own bytes back."""
+    with atomic_write(path) as file:
+        file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+
+
 def _temporary(path: Path) -> tuple[int, str]:
     """A new locked file beside path. One that remove_leftovers of another process took, before it was locked, is made again."""
     while True:
@@ -274,14 +278,12 @@ def refuse_overwriting(path: str | Path, inputs: dict[str, str | Path | None]) -
                 raise ShardError(f"{path} is the {name} itself, which would be overwritten; give another file")
 
 
-def sha256_file(path: str | Path, progress=None) -> str:
-    """Hex SHA-256 of a file; progress(bytes) is called after each piece."""
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
-            if progress:
-                progress(len(piece))
     return digest.hexdigest()
 
 

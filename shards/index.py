@@ -38,7 +38,7 @@ IDENTITIES = "identities.npy"  # not in older data sets
 PROBED = ("utterances.npy", "keys.npy")
 PROBES = 256  # rows and keys whose CRC-32 is compared at every opening
 NO_IDENTITY = bytes(32)
-LARGEST = {
+COUNTS = {
     "sample_rate": 2**20,
     "utterances": 2**40,
     "speakers": 2**32,
@@ -46,7 +46,7 @@ LARGEST = {
     "skipped": 2**40,
     "tars": 2**32,
 }
-COUNTS = LARGEST | {"key_bytes": format.MAX_KEY, "speaker_bytes": format.MAX_KEY}
+COUNTS |= {"key_bytes": format.MAX_KEY, "speaker_bytes": format.MAX_KEY}  # the most that each may be
 NO_CHECKSUM = "0" * 64
 SHARDLIST = b',\n "shardlist": ['  # the last key: what stands before it is enough to open a data set
 
@@ -148,9 +148,8 @@ def write_index(out: Path, contents: Contents) -> None:
     lines = [(s["sha256"], s["url"]) for s in shards] + contents.sums
     lines += [(entry["sha256"], f"index/{name}") for name, entry in files.items()]
     lines.append((hashlib.sha256(text).hexdigest(), "index/index.json"))
-    for path, data in ((out / "SHA256SUMS", _sums_text(lines)), (folder / "index.json", text)):
-        with format.atomic_write(path) as file:
-            file.write(data)
+    format.write_file(out / "SHA256SUMS", "".join(f"{digest}  {path}\n" for digest, path in lines))
+    format.write_file(folder / "index.json", text)
 
 
 def _probe(array: np.ndarray) -> int:
@@ -158,10 +157,6 @@ def _probe(array: np.ndarray) -> int:
     n = min(PROBES, len(array))
     chosen = np.arange(n) * (len(array) - 1) // max(n - 1, 1)
     return zlib.crc32(np.take(array, chosen).tobytes())
-
-
-def _sums_text(lines: list[tuple[str, str]]) -> bytes:
-    return "".join(f"{digest}  {path}\n" for digest, path in lines).encode()
 
 
 def _labels(rows: np.ndarray, bounds: np.ndarray, generation: np.ndarray) -> np.ndarray:

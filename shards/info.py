@@ -56,11 +56,8 @@ def histogram(title: str, values: np.ndarray) -> list[str]:
     return lines
 
 
-def main(argv: list[str] | None = None) -> int:
-    return errors.run(_main, argv)
-
-
-def _main(argv: list[str] | None) -> None:
+@errors.told
+def main(argv: list[str] | None = None) -> None:
     p = Parser(command("stats"), description="What packed data sets hold.")
     p.add_argument("out", nargs="+", type=Path, help="folder of a packed data set")
     for out in p.parse_args(argv).out:

@@ -26,31 +26,10 @@ from pathlib import Path
 
 from shards import errors, lists
 from shards.commands import Parser, command
-from shards.format import ShardError, atomic_write, refuse_overwriting
+from shards.format import ShardError, refuse_overwriting, write_file
 
-AUDIO = tuple(
-    [
-        ".wav",
-        ".flac",
-        ".ogg",
-        ".opus",
-        ".mp3",
-        ".m4a",
-        ".mp4",
-        ".aac",
-        ".webm",
-        ".mka",
-        ".wma",
-        ".amr",
-        ".3gp",
-        ".aif",
-        ".aiff",
-        ".au",
-        ".sph",
-        ".caf",
-        ".w64",
-    ]
-)
+AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".mp4", ".aac", ".webm", ".mka")
+AUDIO += (".wma", ".amr", ".3gp", ".aif", ".aiff", ".au", ".sph", ".caf", ".w64")
 LONGEST_SPEAKER = 64  # bytes; a key has 95
 TARGETS = {"target": "1", "1": "1", "nontarget": "0", "0": "0"}
 
@@ -257,11 +236,8 @@ def parser() -> Parser:
     return p
 
 
-def main(argv: list[str] | None = None) -> int:
-    return errors.run(_main, argv)
-
-
-def _main(argv: list[str] | None) -> None:
+@errors.told
+def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     given = [options.pattern, options.wav_scp, options.csv]
     if sum(value is not None for value in given) != 1 or (options.wav_scp is None) != (options.utt2spk is None):
@@ -311,8 +287,7 @@ def _write_maps(options: argparse.Namespace, pairs: list[tuple]) -> None:
 
 
 def _write(path: Path, lines: list[str]) -> None:
-    with atomic_write(path) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+    write_file(path, "".join(f"{line}\n" for line in lines))
 
 
 if __name__ == "__main__":

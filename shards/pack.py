@@ -61,14 +61,10 @@ class Options:
     convert: bool = False  # average channels, resample and round what needs it
     workers: int = 1  # processes
     append: bool = False  # add to what is packed
-    skip_bad: str | Path | None = (
-        None  # where to list audio that is left out as missing or unreadable; None: it is an error
-    )
+    skip_bad: str | Path | None = None  # where to list audio left out as missing or unreadable; None: it is an error
     sample_rate: int = 16000  # Hz
     progress: bool = True  # a bar on stderr
-    task: tuple[int, int] | None = (
-        None  # (i, n): only the tars i, i + n, ... and no index; parts.merge(out) makes it at the end
-    )
+    task: tuple[int, int] | None = None  # (i, n): the tars i, i + n, ... alone, no index: parts.merge(out) makes it
 
     def settings(self) -> plan.Settings:
         return plan.Settings(self.sample_rate, self.codec, self.convert, self.seed, self.shard_bytes)
@@ -321,11 +317,8 @@ def parser() -> Parser:
     return p
 
 
-def main(argv: list[str] | None = None) -> int:
-    return errors.run(_main, argv)
-
-
-def _main(argv: list[str] | None) -> None:
+@errors.told
+def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     out = Path(args.out)
     if args.report is not None:

@@ -161,8 +161,7 @@ def merge(out: str | Path, skip_bad: str | Path | None = None) -> None:
     format.remove_leftovers(out)
     format.remove_leftovers(out / "parts")
     if skip_bad is not None:
-        with format.atomic_write(skip_bad) as file:
-            file.write("".join("\t".join(line) + "\n" for line in sorted(skipped)).encode("utf-8", "surrogateescape"))
+        format.write_file(skip_bad, "".join("\t".join(line) + "\n" for line in sorted(skipped)))
     made = np.array(identities, "V32")
     index.write_index(out, index.Contents(rows, keys, np.array(tars, TAR), made, settings, len(skipped), sums))
 

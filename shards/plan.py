@@ -31,22 +31,10 @@ from shards.lists import TrainingList
 
 # Bytes of 16 kHz mono PCM for a byte of the source, by ending: only how full a tar gets depends on it.
 EXPANSION = {".wav": 1.0, ".flac": 1.8, ".m4a": 4.0, ".aac": 4.0, ".mp3": 6.0, ".ogg": 6.0, ".opus": 8.0}
-
-
 LATER = ("settings", "keys_sha256")  # fields of a record that those of older packs lack
 # What numpy and zipfile raise for a damaged .npz.
-DAMAGED = (
-    ValueError,
-    KeyError,
-    OSError,
-    EOFError,
-    IndexError,
-    TypeError,
-    SyntaxError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+DAMAGED = (ValueError, LookupError, OSError, EOFError, TypeError, SyntaxError, NotImplementedError)
+DAMAGED += (zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class PackedUtterances:
         table = self._rows(np.array([row]))
         entry = table[0]
         data = self._payload(entry, row)
-        if self._codec(entry) == "wav":
+        if self._is_wav(table)[0]:
             return np.frombuffer(data, "<i2").astype(np.int16, copy=False)
         samples = np.empty(int(entry["samples"]), np.int16)
         self._decode(data, 0, samples, row)
@@ -116,7 +116,11 @@ class PackedUtterances:
         direct = (table["samples"] >= out.shape[1]) & self._is_wav(table)
         self._read_crops(table, rows, starts, out, np.flatnonzero(direct))
         for i in np.flatnonzero(~direct).tolist():
-            self._read_other(table[i], int(rows[i]), int(starts[i]), out[i])
+            row, start = int(rows[i]), int(starts[i])
+            if table["samples"][i] >= out.shape[1]:  # of a FLAC member
+                self._decode(self._payload(table[i], row), start, out[i], row)
+            else:
+                out[i] = repeated(self.read_utterance(row), start, out.shape[1])
 
     def _read_crops(self, table, rows, starts, out, chosen) -> None:
         """The hot path: crops that lie in WAV members as they are."""
@@ -139,14 +143,6 @@ class PackedUtterances:
                         self._raise_short(table[i], int(rows[i]), found, nbytes)
         if not _LITTLE_ENDIAN:
             out[chosen] = out[chosen].byteswap()
-
-    def _read_other(self, entry: np.void, row: int, start: int, out: np.ndarray) -> None:
-        """A crop of a FLAC member, or of an utterance that must be repeated."""
-        samples, length = int(entry["samples"]), len(out)
-        if samples >= length:
-            self._decode(self._payload(entry, row), start, out, row)
-        else:
-            out[:] = repeated(self.read_utterance(row), start, length)
 
     def _payload(self, entry: np.void, row: int) -> bytes:
         shard, nbytes = int(entry["shard"]), int(entry["nbytes"])
@@ -179,9 +175,6 @@ class PackedUtterances:
             return np.full(len(table), self._indexes[0].codec == "wav")
         wav = np.array([i.codec == "wav" for i in self._indexes])
         return wav[np.searchsorted(self._first_shard, table["shard"], "right") - 1]
-
-    def _codec(self, entry: np.void) -> str:
-        return self._indexes[int(np.searchsorted(self._first_shard, entry["shard"], "right")) - 1].codec
 
     def _inverse(self) -> np.ndarray:
         inverse = np.empty(len(self._order), np.int64)

@@ -93,5 +93,4 @@ def check_paths(path: str | Path, inputs: dict[str, str | Path | None]) -> None:
 def write(report: PackReport, path: str | Path) -> None:
     """FILE.txt and FILE.json."""
     for target, text in ((Path(path), report.text()), (Path(path).with_suffix(".json"), report.json())):
-        with format.atomic_write(target) as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
+        format.write_file(target, text)

@@ -35,11 +35,8 @@ def stage(out: str | Path, cache_dir: str | Path, limit_gib: float = 0.0, progre
     return there, len(entries)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return errors.run(_main, argv)
-
-
-def _main(argv: list[str] | None) -> None:
+@errors.told
+def main(argv: list[str] | None = None) -> None:
     p = Parser(command("stage"), description="Copy a packed data set to a node's own disk.")
     p.add_argument("out", help="folder of a packed data set")
     p.add_argument("cache", help="folder on the node's own disk")

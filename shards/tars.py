@@ -5,11 +5,13 @@ Usage: with tars.lock() as opened: data = os.pread(opened(shard), nbytes, offset
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +48,16 @@ class Tars:
         where = int(np.searchsorted(self._first_shard, shard, "right")) - 1
         return where, shard - int(self._first_shard[where])
 
-    def lock(self) -> Opened:
-        """An `Opened`, of this process."""
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[Callable[[int], int]]:
+        """A context in which open tars stay open; its value opens a tar: shard -> file descriptor."""
         if self._pid != os.getpid():
             # The parent's lock may be held for ever in a forked child; its descriptors are the child's own copies.
             self._pid, self._lock = os.getpid(), threading.Lock()
             self._close_all()
-        return Opened(self)
+        with self._lock:
+            self.look_for_copies()
+            yield self.fd
 
     def _close_all(self) -> None:
         for fd in self._fds.values():
@@ -91,21 +96,6 @@ class Tars:
                 self._at_source.discard(shard)
                 if shard in self._fds:
                     os.close(self._fds.pop(shard))
-
-
-class Opened:
-    """A context in which open tars stay open; its value opens a tar: shard -> file descriptor."""
-
-    def __init__(self, tars: Tars):
-        self._tars = tars
-
-    def __enter__(self):
-        self._tars._lock.acquire()
-        self._tars.look_for_copies()
-        return self._tars.fd
-
-    def __exit__(self, *error):
-        self._tars._lock.release()
 
 
 def _open_tar(path: Path, entry: dict, identity: str | None) -> int:

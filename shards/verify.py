@@ -83,11 +83,13 @@ def verify(out: str | Path, workers: int = 1, progress: bool = False) -> Report:
 def _check_small(out: Path, path: str, sha256: str) -> Damage | None:
     try:
         found = format.sha256_file(out / path)
-    except OSError as error:
-        return Damage(path, f"not readable: {error.strerror}")
-    except ShardError as error:
-        return Damage(path, str(error))
+    except (OSError, ShardError) as error:
+        return Damage(path, _unreadable(error))
     return None if found == sha256 else Damage(path, f"sha256 is {found[:16]}..., expected {sha256[:16]}...")
+
+
+def _unreadable(error: OSError | ShardError) -> str:
+    return f"not readable: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def _read_sums(out: Path, meta: dict) -> tuple[dict[str, str], list[Damage]]:
@@ -100,21 +102,17 @@ def _read_sums(out: Path, meta: dict) -> tuple[dict[str, str], list[Damage]]:
     parts |= {f"parts/plan-{generation:03d}.npz" for generation in generations}
     try:
         lines = format.read_bytes(out / "SHA256SUMS").split(b"\n")
-    except OSError as error:
-        return {}, [Damage("SHA256SUMS", f"not readable: {error.strerror}")]
-    except ShardError as error:
-        return {}, [Damage("SHA256SUMS", str(error))]
+    except (OSError, ShardError) as error:
+        return {}, [Damage("SHA256SUMS", _unreadable(error))]
     sums = {}
     for line in lines[:-1]:
         digest, _, path = line.decode("utf-8", "replace").partition("  ")
         sums[path] = digest
     wrong = sorted(path for path in known if sums.get(path) != known[path])
     wrong += sorted(sums.keys() - known.keys() - parts) + sorted(parts - sums.keys())
-    damage = (
-        [Damage("SHA256SUMS", f"its line of {wrong[0]!r} is missing, unknown or not what index.json says")]
-        if wrong
-        else []
-    )
+    damage = []
+    if wrong:
+        damage.append(Damage("SHA256SUMS", f"its line of {wrong[0]!r} is missing, unknown or not what index.json says"))
     if lines[-1]:
         damage.append(Damage("SHA256SUMS", "cut in its last line"))
     return {path: digest for path, digest in sums.items() if path in known or path in parts}, damage
@@ -204,35 +202,27 @@ def _problem(piece: bytes, position: int, opened: index.Index, row: int) -> str 
     return None if zlib.crc32(payload) == entry["crc32"] else "its audio is damaged (crc32)"
 
 
-def print_report(out: str | Path, report: Report, file=None) -> None:
+def print_report(out: str | Path, report: Report) -> None:
     """The report as text for a person."""
     for damage in report.damages:
-        print(f"DAMAGED {damage.path}: {damage.found}", file=file)
+        print(f"DAMAGED {damage.path}: {damage.found}")
         for key, reason in damage.affected[:SHOWN]:
-            print(f"    {key}: {reason}", file=file)
+            print(f"    {key}: {reason}")
         if len(damage.affected) > SHOWN:
-            print(f"    and {len(damage.affected) - SHOWN} more utterances", file=file)
+            print(f"    and {len(damage.affected) - SHOWN} more utterances")
     affected = report.affected()
     if report.damages:
         speakers = sorted({key.split("/", 1)[0] for key in affected})
-        print(f"{out}: {len(report.damages)} damaged of {report.files} files", file=file)
-        print(
-            f"affected: {len(affected)} utterances of {len(speakers)} speakers: {', '.join(speakers) or 'none'}",
-            file=file,
-        )
-        print(
-            "Copy the damaged files again from a whole copy, or delete them with their part and pack again.", file=file
-        )
+        print(f"{out}: {len(report.damages)} damaged of {report.files} files")
+        print(f"affected: {len(affected)} utterances of {len(speakers)} speakers: {', '.join(speakers) or 'none'}")
+        print("Copy the damaged files again from a whole copy, or delete them with their part and pack again.")
     else:
         counts = f"{report.utterances} utterances of {report.speakers} speakers"
-        print(f"{out}: all {report.files} files are whole ({counts})", file=file)
+        print(f"{out}: all {report.files} files are whole ({counts})")
 
 
+@errors.told
 def main(argv: list[str] | None = None) -> int:
-    return errors.run(_main, argv)
-
-
-def _main(argv: list[str] | None) -> int:
     p = Parser(command("check"), description="Check every byte of packed data sets.")
     p.add_argument("out", nargs="+", help="folder of a packed data set")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: all cores)")
@@ -247,9 +237,8 @@ def _main(argv: list[str] | None) -> int:
     for out, report in zip(args.out, reports):
         print_report(out, report)
     if args.list:
-        with format.atomic_write(args.list) as file:
-            for report in reports:
-                file.write("".join(f"{key}\t{reason}\n" for key, reason in report.affected().items()).encode())
+        affected = [pair for report in reports for pair in report.affected().items()]
+        format.write_file(args.list, "".join(f"{key}\t{reason}\n" for key, reason in affected))
     return 1 if any(report.damages for report in reports) else 0
 
 

@@ -341,20 +341,15 @@ class ConfigError(UserError):
     """An option that does not exist or does not fit; the message says what would."""
 
 
-def groups(cls: type = Config) -> dict[str, type]:
+def groups() -> dict[str, type]:
     """The groups of options: name -> dataclass."""
-    found = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+    found = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     return {name: kind for name, kind in found.items() if dataclasses.is_dataclass(kind)}
 
 
 def option_names() -> list[str]:
     """Every option as `group.key`, in the order of the dataclasses."""
-    inside = groups()
-    return [
-        f"{f.name}.{g.name}" if f.name in inside else f.name
-        for f in dataclasses.fields(Config)
-        for g in (dataclasses.fields(inside[f.name]) if f.name in inside else [f])
-    ]
+    return list(flatten(to_dict(Config())))
 
 
 def nearest(name: str) -> str:

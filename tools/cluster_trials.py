@@ -33,6 +33,11 @@ from spknet.train.metrics_log import read_metrics
 from spknet.train.run_folder import read_state
 
 SAVE_EVERY = 20  # steps
+PARTS = {
+    "torch.distributed.run": "torchrun",
+    "submitit.core._submit": "submitit",
+    "spknet.train": "rank",
+}  # by their words
 SHAPING = ("step", "loss", "accuracy", "lr")  # what must not depend on interruptions
 
 
@@ -122,14 +127,7 @@ def victim(job: str, part: str, node: int) -> int:
             if not {f"SLURM_JOB_ID={job}", f"SLURM_NODEID={node}", "SLURM_STEP_ID=0"} <= set(variables):
                 continue
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            kind = (
-                "torchrun"
-                if "torch.distributed.run" in words
-                else "submitit"
-                if "submitit.core._submit" in words
-                else ""
-            )
-            kind = kind or ("rank" if "spknet.train" in words else "")
+            kind = next((PARTS[word] for word in PARTS if word in words), "")
             if kind == part:
                 return int(folder.name)
             if part == "slurmstepd" and kind == "submitit":
@@ -265,19 +263,8 @@ def same(a, b) -> bool:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    rows = [
-        (
-            "interruption",
-            "lives of the job",
-            "began at step",
-            "ended",
-            "each step once",
-            "losses",
-            "weights",
-            "free s",
-            "seconds",
-        )
-    ]
+    rows = [("interruption", "lives of the job", "began at step", "ended", "each step once", "losses", "weights")]
+    rows[0] += ("free s", "seconds")
     rows.append(("---",) * len(rows[0]))
     for o in outcomes:
         verdicts = ["equal" if equal else "DIFFERENT" for equal in (o.equal_losses, o.equal_weights)]

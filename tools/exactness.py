@@ -9,37 +9,23 @@ and as `local`: each rank scores its own speakers only, BatchNorm sees its own r
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from shards.commands import Parser
 from spknet.parallel import gather
 from spknet.train.metrics_log import read_metrics
 
 
-@contextlib.contextmanager
-def local_losses() -> Iterator[None]:
-    """Inside, losses see this rank's rows only."""
-    names = {
-        "gather_rows": lambda x: x,
-        "all_reduce_sum": lambda x: x.detach(),
-        "world_size": lambda: 1,
-        "rank": lambda: 0,
-    }
-    real = {name: getattr(gather, name) for name in names}
-    for name, replacement in names.items():
-        setattr(gather, name, replacement)
-    try:
-        yield
-    finally:
-        for name, function in real.items():
-            setattr(gather, name, function)
+def local_losses():
+    """A context in which losses see this rank's rows only."""
+    alone = {"world_size": lambda: 1, "rank": lambda: 0}
+    return mock.patch.multiple(gather, gather_rows=lambda x: x, all_reduce_sum=lambda x: x.detach(), **alone)
 
 
 def run(folder: Path, world: int, words: list[str], local: bool = False) -> tuple[list[float], dict, dict]:
@@ -92,12 +78,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare_numbers(folder: Path, words: list[str], chosen: argparse.Namespace) -> None:
-    print(
-        f"{chosen.steps} steps, N={chosen.speakers}, M=2, {chosen.width:g} of ResNetSE34L's channels, against 1 rank\n"
-    )
-    print(
-        "| precision | ranks | largest relative difference of a loss | largest difference of a score |\n|---|---|---|---|"
-    )
+    print(f"{chosen.steps} steps, N={chosen.speakers}, M=2, {chosen.width:g} of ResNetSE34L's channels, against 1 rank")
+    print("\n| precision | ranks | largest relative difference of a loss | largest difference of a score |")
+    print("|---|---|---|---|")
     for precision in ("float64", "float32"):
         few = [*words, "--train.precision", precision, "--train.max_steps", str(chosen.steps)]
         base = run(folder / f"{precision}-1", 1, few)

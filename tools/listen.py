@@ -11,17 +11,15 @@ which the network does see, are clipped in the files; their number is said.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
 from shards.commands import Parser
-from shards.format import atomic_write
+from shards.format import atomic_write, wav_header, write_file
 from spknet.config import Config
 from spknet.data.batches import Steps
 from spknet.data.corpus import Corpus
@@ -65,10 +63,8 @@ def heard(config: Config, step: int, number: int) -> list[dict]:
 def write_wav(path: Path, wave: torch.Tensor, rate: int) -> int:
     """16 bits, whole or not at all; returns how many samples were clipped."""
     samples = (wave.double().numpy() * 32768).round()
-    content = io.BytesIO()
-    soundfile.write(content, samples.clip(-32768, 32767).astype(np.int16), rate, format="WAV", subtype="PCM_16")
-    with atomic_write(path) as file:
-        file.write(content.getvalue())
+    pcm = samples.clip(-32768, 32767).astype("<i2")
+    write_file(path, wav_header(len(pcm), rate) + pcm.tobytes())
     return int((np.abs(samples) > 32768).sum())
 
 
@@ -99,15 +95,8 @@ def draw(path: Path, crops: list[dict]) -> None:
         pictures.append(spectrogram(crop["wave"], crop["rate"], crop["masks"]))
         top = max(np.nanmax(picture) for picture in pictures)
         for axis, picture, title in zip(row, pictures, (f"{number:03d}  {crop['key']}", crop["text"])):
-            axis.imshow(
-                picture,
-                origin="lower",
-                aspect="auto",
-                extent=(0, seconds, 0, BANDS),
-                vmin=top - RANGE_DB,
-                vmax=top,
-                cmap="magma",
-            )
+            shown = {"vmin": top - RANGE_DB, "vmax": top, "cmap": "magma", "extent": (0, seconds, 0, BANDS)}
+            axis.imshow(picture, origin="lower", aspect="auto", **shown)
             axis.set_facecolor("lightgrey")  # masked
             axis.set_title(textwrap.fill(title, 95), fontsize=7, parse_math=False)
             axis.tick_params(labelsize=6)
@@ -136,8 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         clipped = write_wav(chosen.out / f"{number:03d}.wav", crop["wave"], crop["rate"])
         text = crop["text"] + (f"; {clipped} samples clipped in this file" if clipped else "")
         lines.append(f"{number:03d}.wav  {crop['key']}  class {crop['label']}  {text}")
-    with atomic_write(chosen.out / "drawn.txt") as file:
-        file.write(("\n".join(lines) + "\n").encode())
+    write_file(chosen.out / "drawn.txt", "\n".join(lines) + "\n")
     draw(chosen.out / "spectrograms.png", crops)
     print("\n".join(lines))
     return 0

@@ -31,7 +31,6 @@ from shards.commands import Parser
 from shards.format import atomic_write, remove_leftovers
 from shards.pack import pack
 from spknet import rng
-from spknet.errors import run
 from tools.voxceleb.download import Access, fetch_all
 from tools.voxceleb.extract import ArchiveError, check_members, name_problem
 from tools.voxceleb.files import read_checksums
@@ -183,11 +182,8 @@ def parser() -> Parser:
     return p
 
 
-def main(argv: list[str] | None = None) -> int:
-    return errors.run(_main, argv)
-
-
-def _main(argv: list[str] | None) -> None:
+@errors.told
+def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     options.shards = options.shards or options.save_path / "shards"
     unknown = set(options.sets.split(",")) - {"musan", "rirs"}
@@ -203,4 +199,4 @@ def _main(argv: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main())

@@ -13,16 +13,15 @@ the whole copy is softer.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
+from shards.audio import encode_flac
 from shards.commands import Parser
-from shards.format import atomic_write
+from shards.format import write_file
 from spknet.config import AugmentConfig, ConfigError
 from spknet.data.augment import Augmenter
 from spknet.data.mixing import mix
@@ -43,10 +42,7 @@ def noisy(audio: np.ndarray, config: AugmentConfig, seed: int, place: int, rate:
 def write(path: Path, audio: np.ndarray, rate: int) -> None:
     """16-bit FLAC, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    soundfile.write(content, audio, rate, format="FLAC", subtype="PCM_16")
-    with atomic_write(path) as file:
-        file.write(content.getvalue())
+    write_file(path, encode_flac(audio.astype("<i2").tobytes(), rate))
 
 
 def main(argv: list[str] | None = None) -> int:

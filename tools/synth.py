@@ -16,14 +16,12 @@ pauses, so nothing but the voice is shared by two sessions of one speaker.
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
-import wave
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from shards.commands import Parser
-from shards.format import atomic_write
+from shards.format import wav_header, write_file
 from spknet.errors import run
 
 RATE = 16000  # Hz
@@ -184,16 +182,9 @@ def write_utterance(item: tuple[int, int], options: argparse.Namespace) -> None:
     pcm = draw_utterance(
         voice, recording, options.seconds, np.random.default_rng([options.seed, 3, speaker, utterance])
     )
-    content = io.BytesIO()
-    with wave.open(content, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(RATE)
-        file.writeframes(pcm.astype("<i2").tobytes())
     path = options.out / utterance_path(speaker, utterance, options.sessions)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(content.getvalue())
+    write_file(path, wav_header(len(pcm), RATE) + pcm.astype("<i2").tobytes())
 
 
 def draw_trials(options: argparse.Namespace) -> list[str]:
@@ -209,11 +200,6 @@ def draw_trials(options: argparse.Namespace) -> list[str]:
     chosen = [others[i] for i in rng.choice(len(others), count, replace=False)]
     lines = [f"1 {path[a]} {path[b]}" for a, b in targets] + [f"0 {path[a]} {path[b]}" for a, b in chosen]
     return [lines[i] for i in rng.permutation(len(lines))]
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode())
 
 
 def make_corpus(options: argparse.Namespace) -> None:
@@ -234,9 +220,9 @@ def make_corpus(options: argparse.Namespace) -> None:
             pass
     train = [(s, u) for s, u in items if s < options.train_speakers]
     lines = [f"{speaker_name(s)} {utterance_path(s, u, options.sessions)}" for s, u in train]
-    write_text(options.out / "train_list.txt", "\n".join(lines) + "\n")
-    write_text(options.out / "test_list.txt", "\n".join(draw_trials(options)) + "\n")
-    write_text(receipt, json.dumps(record) + "\n")
+    write_file(options.out / "train_list.txt", "\n".join(lines) + "\n")
+    write_file(options.out / "test_list.txt", "\n".join(draw_trials(options)) + "\n")
+    write_file(receipt, json.dumps(record) + "\n")
     print(f"{options.out}: {options.train_speakers} + {options.test_speakers} speakers, {len(items)} files")
 
 

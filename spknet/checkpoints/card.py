@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from shards.format import atomic_write, read_bytes
+from shards.format import read_bytes, write_file
 from spknet.errors import UserError
 
 VERSION = 1
@@ -144,8 +144,7 @@ def read(path: str | Path) -> Card:
 
 
 def write(path: str | Path, card: Card) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(to_dict(card), indent=1).encode() + b"\n")
+    write_file(path, json.dumps(to_dict(card), indent=1) + "\n")
 
 
 def place(path: str | Path) -> Path:

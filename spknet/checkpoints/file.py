@@ -224,10 +224,8 @@ def _check_members(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # zipfile raises many types for a damaged file
-        if isinstance(error, OSError) and error.errno not in (
-            None,
-            errno.EINVAL,
-        ):  # EINVAL: of a seek to a senseless place
+        # EINVAL: of a seek to a senseless place.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise CheckpointError(_damaged(path, "its zip archive cannot be read")) from error
     if damaged:

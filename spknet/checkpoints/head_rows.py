@@ -93,9 +93,8 @@ def _moved(value, old, each: int, pairs) -> torch.Tensor:
         return value
     if value.dim() == 0:
         return old
-    there, here = (
-        rows_of(classes, each if value.dim() > 1 else 1) for classes in pairs
-    )  # a bias has one value a class
+    each = each if value.dim() > 1 else 1  # a bias has one value a class
+    there, here = (rows_of(classes, each) for classes in pairs)
     moved = value.clone()
     moved[here] = old[there].to(moved)
     return moved

@@ -39,10 +39,8 @@ def load_initial(task, path: str, corpus, allow_partial: bool = False, weights: 
         state = read(path)
     start = f"starting from the weights of {path}"
     if checkpoint.is_ours(state):
-        return [
-            start,
-            *_from_ours(task, str(path), with_averages(_checked(state, path), weights), corpus, allow_partial),
-        ]
+        state = with_averages(_checked(state, path), weights)
+        return [start, *_from_ours(task, str(path), state, corpus, allow_partial)]
     if (found := recognize(state, path)) is None:
         return [start, *voxceleb_trainer.load_into(task.model, task.loss, state, allow_partial)]
     theirs = imports.build(found, path)

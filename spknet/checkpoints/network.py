@@ -21,26 +21,12 @@ from spknet.messages import say, warn
 from spknet.models import build_model
 
 PROJECTS = (redimnet, resemblyzer, threed_speaker, speechbrain, wespeaker)  # 3D-Speaker has SpeechBrain's names, too
-
-
-WANTED = (
-    "step",
-    "epoch",
-    "sample_rate",
-    "speakers",
-    "dev_speakers",
-    "labels",
-    "data_fingerprint",
-    "card",
-    "provenance",
-)
+WANTED = ("step", "epoch", "sample_rate", "speakers", "dev_speakers", "labels", "data_fingerprint")
+WANTED += ("card", "provenance")
 
 
 def load_network(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    model: ModelConfig | None = None,
-    weights: str | None = None,
+    path: str | Path, device: str | torch.device = "cpu", model: ModelConfig | None = None, weights: str | None = None
 ):
     """(network in eval mode, Config, meta) of a run folder (its best checkpoint, else its newest), a checkpoint file of
     spknet, a file to hand on, or a file or folder of voxceleb_trainer, WeSpeaker, 3D-Speaker, SpeechBrain, ReDimNet, ReDimNet2 or

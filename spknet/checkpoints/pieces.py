@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shards.format import atomic_write
+from shards.format import atomic_write, write_file
 from spknet.checkpoints.averages import averaged
 from spknet.checkpoints.file import (
     CheckpointError,
@@ -76,8 +76,7 @@ def write(path: Path, head: Sharded, optimizer: torch.optim.Optimizer) -> dict[s
         raise
     index = {"classes": head.n_classes, "per_class": head.rule.centers, "files": sum(gather_objects(own), [])}
     if here().first:
-        with atomic_write(folder / "index.json") as file:
-            file.write(json.dumps(index, indent=1).encode() + b"\n")
+        write_file(folder / "index.json", json.dumps(index, indent=1) + "\n")
     return index
 
 
@@ -151,11 +150,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, loss) -> dict[str, Any]:
 
 def initialize(loss, path, state, speakers: list[str], labels, speeds: int) -> None:
     """Starts the head of a new run, whole or in pieces, from the rows that a checkpoint has for its speakers."""
-    rule, n_classes = (
-        (loss.rule, loss.n_classes) if isinstance(loss, Sharded) else (loss, len(loss.weight) // loss.centers)
-    )
     if misfit(loss, state):
         return
+    whole = not isinstance(loss, Sharded)
+    rule, n_classes = (loss, len(loss.weight) // loss.centers) if whole else (loss.rule, loss.n_classes)
     if "head" in state:
         source = source_of(Path(path), state)
     else:

@@ -24,7 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from shards.format import atomic_write
+from shards.format import sha256_file, write_file
 from spknet import config as configuration
 from spknet.checkpoints import file as checkpoint
 from spknet.checkpoints.card import weights_digest
@@ -86,16 +86,14 @@ def save(path: str | Path, network: torch.nn.Module, config: Config, meta: dict[
         "provenance": meta.get("provenance") or provenance(meta),
     }
     facts["sha256"] = _digest(facts, tensors)
-    with atomic_write(path) as file:
-        file.write(safetensors.torch.save(tensors, {"spknet": json.dumps(facts)}))
+    write_file(path, safetensors.torch.save(tensors, {"spknet": json.dumps(facts)}))
 
 
 def provenance(meta: dict[str, Any]) -> dict[str, Any]:
     """Where a network comes from: file (name, sha256, what it was recognised as), step, epoch, version of spknet."""
     path = Path(meta["path"])
-    digest = hashlib.sha256(path.read_bytes())
     said = {name: meta[name] for name in ("kind", "step", "epoch", "data_fingerprint") if name in meta}
-    return {"file": path.name, "sha256": digest.hexdigest(), "spknet": metadata.version("spknet")} | said
+    return {"file": path.name, "sha256": sha256_file(path), "spknet": metadata.version("spknet")} | said
 
 
 def without_paths(config: Config) -> Config:

@@ -58,9 +58,8 @@ def _features(said: dict, model: ModelConfig, path: Path) -> FeaturesConfig:
 
 
 def _check_tables(tables: dict[str, Tensor], model: ModelConfig, features: FeaturesConfig, path: Path) -> None:
-    front_end = build_features(
-        model, 16000, features, "redimnet2" if model.name.startswith("ReDimNet2") else "redimnet"
-    )
+    variant = "redimnet2" if model.name.startswith("ReDimNet2") else "redimnet"
+    front_end = build_features(model, 16000, features, variant)
     ours = {"mel_scale.fb": front_end.filters, "spectrogram.window": front_end.window}
     ours["melbanks_pt"] = front_end.filters.T[:, :, None]
     for key, value in tables.items():

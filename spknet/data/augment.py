@@ -142,9 +142,8 @@ class Augmenter:
         c, spans = self.config, []
         most = max(c.frequency_masks, c.time_masks)
         masked = uniform("masked") < c.spec_probability
-        for axis, (number, largest) in enumerate(
-            ((c.frequency_masks, c.frequency_width), (c.time_masks, c.time_width))
-        ):
+        axes = ((c.frequency_masks, c.frequency_width), (c.time_masks, c.time_width))
+        for axis, (number, largest) in enumerate(axes):
             for i in range(most):
                 width = np.where(masked, largest, 0) * uniform(f"mask {axis} {i} width") * (i < number)
                 start = (1 - width) * uniform(f"mask {axis} {i} start")
@@ -225,9 +224,8 @@ class Augmenter:
             for place, row, decibel in zip(places, rows, snr):
                 at = f" at {decibel:.1f} dB" if layer == 0 or self.n_layers is None else " with it"
                 said[place].append(self.noise.key(row) + at)
-        for name, text in (("gain_db", "gain {:.1f} dB"),):
-            for place, value in enumerate(t.get(name, [])):
-                said[place].append(text.format(value))
+        for place, value in enumerate(t.get("gain_db", [])):
+            said[place].append(f"gain {value:.1f} dB")
         for place, value in zip(t.get("lowpass_of", []), t.get("lowpass_hz", [])):
             said[place].append(f"low-pass {value:.0f} Hz")
         for place, value in zip(t.get("telephone_of", []), t.get("telephone_law", [])):

@@ -73,9 +73,8 @@ class Deal:
                 continue
             taken = set(self._batches(i - 1, np.arange(steps - tail, steps)))
             clash = [place for place, batch in enumerate(self._batches(i, np.arange(head))) if batch in taken]
-            free = (
-                int(before[i]) if i < len(before) else 0
-            )  # the places that the next end looks at, left alone if it can be
+            # The places that the next end looks at, left alone if it can be.
+            free = int(before[i]) if i < len(before) else 0
             for place in clash:
                 self._exchange(i, place, head, steps - free, taken)
 

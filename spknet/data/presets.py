@@ -68,12 +68,7 @@ PRESETS = {
         level="peak",
     ),
     "redimnet2": Composition(
-        reverb=0.10,
-        both=0.25,
-        talker=1.0,
-        talkers=(3, 6),
-        rir="unit_energy",
-        gain_db=(-18.0, 6.0),
+        reverb=0.10, both=0.25, talker=1.0, talkers=(3, 6), rir="unit_energy", gain_db=(-18.0, 6.0)
     ),
     "voxceleb_trainer": Composition(
         probability=0.8, reverb=0.25, talkers_apart=True, power_floor=1e-4, rir="unit_energy"
@@ -147,11 +142,8 @@ def kinds(c: Composition, preset: str, recordings: dict[str, int] | None, rooms:
     made = [(name, False, rest * part / total) for name, part in zip(order, parts)]
     made += [(None, True, alone)] + [(name, True, both * part / total) for name, part in zip(order, parts)]
     made = [entry for entry in made if entry[2] > 0]
-    return [(source, wet) for source, wet, _ in made], _normalised([p for _, _, p in made])
-
-
-def _normalised(values: list[float]) -> list[float]:
-    return [value / sum(values) for value in values]
+    whole = sum([p for _, _, p in made])
+    return [(source, wet) for source, wet, _ in made], [p / whole for _, _, p in made]
 
 
 def _check_complete(c: Composition, preset: str, order: list[str], rooms: bool) -> None:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from shards.format import read_bytes
+from shards.format import read_bytes, write_file
 from spknet.errors import run
 from spknet.evaluate import bootstrap, metrics, report
-from spknet.evaluate import plots as pictures
 from spknet.evaluate.commands import Parser, at_least, check_writable
+from spknet.evaluate.plots import det
 from spknet.evaluate.trials import KALDI, TrialError, Trials, list_name, names_in, open_text, read_speakers, speakers
 
 
@@ -92,12 +93,12 @@ def aligned(first: Trials, other: Trials) -> np.ndarray:
             (trials.models[a], trials.tests[b], int(t)) for a, b, t in zip(trials.left, trials.right, trials.labels)
         ]
 
-    place: dict[tuple, list[int]] = {}
+    place: dict[tuple, list[int]] = defaultdict(list)
     for i, pair in enumerate(pairs(other)):
-        place.setdefault(pair, []).append(i)
+        place[pair].append(i)
     found = []
     for i, pair in enumerate(pairs(first)):
-        if not place.get(pair):
+        if not place[pair]:
             raise TrialError(
                 f"{first.path}, line {i + 1}: the trial {pair[0]} {pair[1]} is not in {other.path}; compare equal lists"
             )
@@ -143,20 +144,8 @@ def _figures(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 def table(rows: list[dict]) -> list[list[str]]:
     """The comparison as a table, head first."""
-    out = [
-        [
-            "list",
-            "system",
-            "EER %",
-            "95 %",
-            "minDCF 0.01",
-            "minDCF 0.05",
-            "EER difference",
-            "95 %",
-            "minDCF 0.01 difference",
-            "95 %",
-        ]
-    ]
+    out = [["list", "system", "EER %", "95 %", "minDCF 0.01", "minDCF 0.05"]]
+    out[0] += ["EER difference", "95 %", "minDCF 0.01 difference", "95 %"]
     for row in rows:
         shown = row["figures"]
         line = [row["list"], row["system"], f"{shown['eer']:.2f}", "{:.2f} to {:.2f}".format(*row["interval"]["eer"])]
@@ -193,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         report.write_json(Path(chosen.out) / "compare.json", {"version": report.VERSION, "rows": rows})
         for name in found[0][1]:
             curves = {system: (lists[name][0], lists[name][1].labels) for system, lists in found}
-            pictures.save(Path(chosen.out) / f"det-{name}.png", pictures.det(curves, name))
+            write_file(Path(chosen.out) / f"det-{name}.png", det(curves, name))
     return 0
 
 

@@ -12,13 +12,12 @@ keep("out", embedded, identity(meta)); embedded, cohort, facts = load("out")
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 
-from shards.format import atomic_write
+from shards.format import atomic_write, sha256_file, write_file
 from spknet.evaluate.scoring import Embedded
 from spknet.evaluate.trials import TrialError, open_text
 
@@ -30,15 +29,7 @@ AGAIN = "make it again with `spknet evaluate --keep_embeddings` or `spknet embed
 def identity(meta: dict) -> dict:
     """Which network it was: path, step and epoch of spknet.checkpoints.network.load_network, and the file's digest."""
     facts = {name: meta.get(name) for name in ("path", "step", "epoch")}
-    return facts | {"checkpoint_sha256": _digest(Path(meta["path"]))}
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return facts | {"checkpoint_sha256": sha256_file(meta["path"])}
 
 
 def keep(folder: str | Path, embedded: Embedded, facts: dict, cohort: np.ndarray | None = None) -> None:
@@ -48,16 +39,14 @@ def keep(folder: str | Path, embedded: Embedded, facts: dict, cohort: np.ndarray
     for name in ("embeddings.json", "cohort.npy"):  # of another network, perhaps
         (folder / name).unlink(missing_ok=True)
     names = sorted(embedded.rows, key=embedded.rows.__getitem__)
-    with atomic_write(folder / "embeddings.txt") as file:
-        file.write("".join(f"{name} {n}\n" for name, n in zip(names, embedded.samples)).encode())
+    write_file(folder / "embeddings.txt", "".join(f"{name} {n}\n" for name, n in zip(names, embedded.samples)))
     for name, array in (("embeddings.npy", embedded.embeddings), ("cohort.npy", cohort)):
         if array is not None:
             with atomic_write(folder / name) as file:
                 np.save(file, array, allow_pickle=False)
-    sums = {name: _digest(folder / name) for name in FILES if (folder / name).is_file()}
+    sums = {name: sha256_file(folder / name) for name in FILES if (folder / name).is_file()}
     rate = {} if embedded.sample_rate == SAMPLE_RATE else {"sample_rate": embedded.sample_rate}
-    with atomic_write(folder / "embeddings.json") as file:
-        file.write(json.dumps(rate | facts | {"sha256": sums}, indent=1).encode())
+    write_file(folder / "embeddings.json", json.dumps(rate | facts | {"sha256": sums}, indent=1))
 
 
 def load(folder: str | Path) -> tuple[Embedded, np.ndarray | None, dict]:
@@ -78,6 +67,6 @@ def load(folder: str | Path) -> tuple[Embedded, np.ndarray | None, dict]:
     if len(lines) != len(array):
         raise TrialError(f"{folder}: {len(array)} embeddings, but embeddings.txt has {len(lines)} lines; make it again")
     for name, digest in facts.pop("sha256", {}).items():  # folders of earlier versions have none
-        if not (folder / name).is_file() or _digest(folder / name) != digest:
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
             raise TrialError(f"{folder / name} is not what was written there: its SHA-256 differs; {AGAIN}")
     return Embedded(array, rows, samples, facts.get("sample_rate", SAMPLE_RATE)), cohort, facts

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shards.format import atomic_write
+from shards.format import write_file
 from spknet import rng
 from spknet.checkpoints.network import load_network
 from spknet.config import Config
@@ -52,9 +52,7 @@ class Asked:
     metadata: tuple | None = None  # spknet.evaluate.groups.read_metadata's
     speakers: dict[str, str] | None = None  # utterance or model -> speaker, where names do not tell
     ready: Callable[[Lists], None] | None = None  # called on rank 0 before anything is embedded: a last look
-    keep: Callable[[Embedded, np.ndarray | None], None] | None = (
-        None  # called there before scoring with what was embedded
-    )
+    keep: Callable[[Embedded, np.ndarray | None], None] | None = None  # called there with what was embedded
 
 
 @dataclass(frozen=True)
@@ -286,8 +284,7 @@ def evaluate_network(
 def keep_scores(config: Config, out_dir: Path) -> None:
     """Writes the first list's scores to the file that eval.scores names, too."""
     if config.eval.scores:
-        with atomic_write(config.eval.scores) as file:
-            file.write((out_dir / "scores.txt").read_bytes())
+        write_file(config.eval.scores, (out_dir / "scores.txt").read_bytes())
 
 
 def how_of(config: Config, sample_rate: int) -> Embedding:

@@ -14,11 +14,10 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from shards.format import atomic_write
+from shards.format import write_file
 from shards.reader import open_shards
 from spknet import rng
 from spknet.checkpoints.network import load_network
@@ -121,9 +120,8 @@ def make(
     """Lines `label a b` in a shuffled order, and what to tell the user. of: utterances of each speaker; others: its impostors;
     how: targets, nontargets, seed, same_session."""
     trials, lonely, taken = [], 0, set()
-    flat = all(
-        session_of(u) == speaker for speaker, own in of.items() for u in own
-    )  # SPEAKER/FILE: no session is named
+    # SPEAKER/FILE: no session is named.
+    flat = all(session_of(u) == speaker for speaker, own in of.items() for u in own)
     for number, speaker in enumerate(sorted(of)):
         draw = rng.stream(how.seed, 0, "trials", number)
         own = target_pairs(sorted(of[speaker]), how.targets, draw, how.same_session or flat)
@@ -237,8 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     of = {speaker: of[speaker] for speaker in _allowed(chosen, sorted(of))}
     check_file(chosen.out)
     lines, said = make(of, _impostors(chosen, of), chosen)
-    with atomic_write(Path(chosen.out)) as file:
-        file.write("".join(line + "\n" for line in lines).encode())
+    write_file(chosen.out, "".join(line + "\n" for line in lines))
     print(f"{chosen.out}: " + "; ".join(said))
     return 0
 

@@ -2,39 +2,25 @@
 
 matplotlib's Agg canvas is used directly, so that neither a display nor pyplot's global state is needed.
 
-    save("det.png", det({"test_list": (scores, labels)}))
+    write_file("det.png", det({"test_list": (scores, labels)}))
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.special import ndtri
 
-from shards.format import atomic_write
 from spknet.evaluate import metrics
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # told apart by the colour-blind
+# Told apart by the colour-blind.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 RATES = (1e-5, 1e-4, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # ticks
 POINTS = 4000  # of a curve at most
-
-
-def save(path: str | Path, png: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(png)
 
 
 def _figure(width: float = 6.4, height: float = 5.6) -> tuple[Figure, object]:
@@ -85,8 +71,7 @@ def det(systems: dict[str, tuple[np.ndarray, np.ndarray]], title: str = "") -> b
     ticks, low = [f"{100 * rate:g}" for rate in shown], ndtri(max(lowest, 1e-6)) - 0.05
     axes.set_xticks(ndtri(shown), ticks)
     axes.set_yticks(ndtri(shown), ticks)
-    axes.set_xlim(low, ndtri(0.6))
-    axes.set_ylim(low, ndtri(min(highest, 0.998)) + 0.1)
+    axes.set(xlim=(low, ndtri(0.6)), ylim=(low, ndtri(min(highest, 0.998)) + 0.1))
     axes.plot([low, ndtri(0.6)], [low, ndtri(0.6)], ":", color="grey", linewidth=0.8)
     for marker, meaning in (("o", "EER"), ("s", "minDCF, P = 0.01"), ("^", "minDCF, P = 0.05")):
         axes.plot([], [], marker, color="grey", markerfacecolor="grey" if marker == "o" else "white", label=meaning)
@@ -142,9 +127,7 @@ def histogram(scores: np.ndarray, labels: np.ndarray | None, title: str = "") ->
     if labels is not None:
         threshold = metrics.eer_threshold(metrics.rates(scores, labels))
         axes.axvline(threshold, color="black", linewidth=1, label="EER threshold (oracle)")
-    axes.set_xlabel("score")
-    axes.set_ylabel("density")
-    axes.set_title(_plain(title))
+    axes.set(xlabel="score", ylabel="density", title=_plain(title))
     axes.legend(fontsize=8)
     return _png(figure)
 
@@ -169,9 +152,7 @@ def reliability(llr: np.ndarray, labels: np.ndarray, title: str = "", bins: int 
     axes.errorbar(given, found, yerr=bars, fmt="o", color=COLOURS[0], markersize=5, linewidth=1, label="bins of trials")
     ends = [min(*given, *found), max(*given, *found)]
     axes.plot(ends, ends, ":", color="grey", label="calibrated")
-    axes.set_xlabel("log-likelihood ratio given")
-    axes.set_ylabel("log-likelihood ratio borne out")
-    axes.set_title(_plain(title))
+    axes.set(xlabel="log-likelihood ratio given", ylabel="log-likelihood ratio borne out", title=_plain(title))
     axes.legend(fontsize=8)
     return _png(figure)
 

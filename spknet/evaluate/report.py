@@ -27,7 +27,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from shards.format import atomic_write
+from shards.format import write_file
 from spknet.evaluate import groups, metrics, plots, thresholds
 from spknet.evaluate.trials import Trials, separator
 
@@ -69,7 +69,7 @@ class Report:
     facts: dict = field(default_factory=dict)
     made: dict = field(
         default_factory=dict
-    )  # date, command, revision: in report.html, so that report.json depends on inputs alone
+    )  # date, command, revision: not in report.json, which depends on inputs alone
     points: tuple[np.ndarray, list[str]] | None = None
 
     def content(self) -> dict:
@@ -98,7 +98,7 @@ class Report:
         write_json(folder / "report.json", content)
         drawn = self._draw(pictures)
         for name, png in drawn.items():
-            plots.save(folder / f"{name}.png", png)
+            write_file(folder / f"{name}.png", png)
         if pictures:
             write_html(folder / "report.html", content, drawn, self.made)
 
@@ -151,14 +151,12 @@ def write_scores(path: Path, trials: Trials, scores: np.ndarray) -> None:
         apart.join(filter(None, (f"{score:.9g}", trials.models[a], trials.tests[b], label))) + "\n"
         for score, a, b, label in zip(scores.tolist(), trials.left, trials.right, labels)
     ]
-    with atomic_write(path) as file:
-        file.write("".join(lines).encode())
+    write_file(path, "".join(lines))
 
 
 def write_json(path: str | Path, content: dict) -> None:
     """The report as JSON; infinite thresholds as the strings `inf` and `-inf`, so that any reader takes it."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(_plain(content), indent=1, allow_nan=False).encode() + b"\n")
+    write_file(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
 
 
 def _plain(value):
@@ -247,12 +245,10 @@ def remarks(content: dict) -> list[str]:
 def text(content: dict) -> str:
     """The report for the terminal: the verdict, the table, the remarks."""
     notes = [f"note: {said}" for said in [*filter(None, [content.get("audio")]), *remarks(content)]]
-    notes += (
-        ["* fewer than 10 false alarms: unreliable"]
-        if any("*" in cell for row in rows(content) for cell in row)
-        else []
-    )
-    return "\n".join([verdict(content), "", text_table(rows(content)), *notes])
+    table = rows(content)
+    if any("*" in cell for row in table for cell in row):
+        notes.append("* fewer than 10 false alarms: unreliable")
+    return "\n".join([verdict(content), "", text_table(table), *notes])
 
 
 def text_table(table: list[list[str]]) -> str:
@@ -303,8 +299,7 @@ def write_html(path: str | Path, content: dict, drawn: dict[str, bytes], made: d
         options={name: value for name, value in content.items() if isinstance(value, dict)},
         pictures={name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in drawn.items()},
     )
-    with atomic_write(path) as file:
-        file.write(page.encode())
+    write_file(path, page)
 
 
 def _facts(content: dict) -> dict[str, str]:

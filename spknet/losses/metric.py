@@ -180,9 +180,7 @@ class SupervisedContrastive(Loss):
         every, m = gather.gather_rows(own).flatten(0, 1), x.shape[1]
         label = labels.repeat_interleave(m)
         same = label[:, None] == gather.gather_rows(labels).repeat_interleave(m)
-        itself = torch.arange(len(every), device=x.device) == gather.rank() * len(label) + torch.arange(
-            len(label), device=x.device
-        ).unsqueeze(1)
+        itself = torch.arange(len(every), device=x.device) == own_columns(label)[:, None]
         logits = (own.flatten(0, 1) @ every.T / self.temperature).masked_fill(itself, -torch.inf)  # (rows, all rows)
         positive = same & ~itself
         log_p = torch.where(positive, logits.log_softmax(dim=1), 0)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from shards.commands import Parser, did_you_mean
-from spknet.config import Config, ConfigError, FeaturesConfig, ModelConfig
+from spknet.config import FeaturesConfig, ModelConfig
 from spknet.errors import UserError, run
 from spknet.models import MODELS, build_model
 from spknet.models.front_ends import resolve
@@ -152,20 +152,7 @@ def markdown(rows: list[dict]) -> str:
     unique = {tuple(map(str, r.values())): r for r in published}.values()
     lines += _table(
         head,
-        [
-            [
-                r["network"],
-                r["variant"],
-                r["o"],
-                r["e"],
-                r["h"],
-                r["data"],
-                "yes" if r["tuned"] else "no",
-                r["score"],
-                r["source"],
-            ]
-            for r in unique
-        ],
+        [[{True: "yes", False: "no"}.get(value, value) for value in r.values()] for r in unique],
     )
     lines += ["", *(f"- {key}: {where}" for key, where in SOURCES.items())]
     lines += ["", "## When to choose which", ""]
@@ -189,15 +176,11 @@ def main(argv: list[str] | None = None) -> int:
     hint = did_you_mean(rest[0], ("--seconds", "--json", "--markdown")) if rest and "." not in rest[0] else ""
     if hint:
         raise UserError(f"unknown option {rest[0]}; {hint.rstrip()}")
-    try:
-        given: Config | None = parse(rest) if rest else None
-        if given is not None:
-            rows = [describe(given.model, given.features, chosen.seconds)]
-        else:
-            rows = [describe(model, seconds=chosen.seconds) for model in configurations()]
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if rest:
+        given = parse(rest)
+        rows = [describe(given.model, given.features, chosen.seconds)]
+    else:
+        rows = [describe(model, seconds=chosen.seconds) for model in configurations()]
     print(json.dumps(rows, indent=1) if chosen.json else markdown(rows) if chosen.markdown else text(rows))
     return 0
 

@@ -40,9 +40,8 @@ class Published(NamedTuple):
 def _wespeaker(network: str, *rows: str) -> list[Published]:
     """Rows `O E H` in the order plain, AS-norm, LM, LM and AS-norm, LM and AS-norm and QMF; - where there is none."""
     kinds = [(False, "mean"), (False, "AS-norm"), (True, "mean"), (True, "AS-norm"), (True, "QMF")]
-    variant = (
-        "wespeaker" if network in ("ResNet34", "ResNet221", "ResNet293", "ECAPA-512", "ECAPA-1024", "CAM++") else ""
-    )
+    several = ("ResNet34", "ResNet221", "ResNet293", "ECAPA-512", "ECAPA-1024", "CAM++")
+    variant = "wespeaker" if network in several else ""
     return [
         Published(network, variant, *row.split(), tuned=tuned, score=score)
         for row, (tuned, score) in zip(rows, kinds)

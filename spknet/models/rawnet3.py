@@ -49,9 +49,8 @@ class SincFilters(nn.Module):
         """Edges equally far apart in mel, from 30 Hz to 100 Hz below half the sample rate."""
         low, high = (2595 * math.log10(1 + hz / 700) for hz in (30, self.sample_rate / 2 - 2 * LOWEST_HZ))
         mels = torch.linspace(low, high, len(self.low) + 1, dtype=torch.float64).float()
-        edges = 700 * (
-            10 ** (mels / 2595) - 1
-        )  # single precision, as in the first RawNet3: log |x| shows the difference
+        # Single precision, as in the first RawNet3: log |x| shows the difference.
+        edges = 700 * (10 ** (mels / 2595) - 1)
         self.low.copy_(edges[:-1, None])
         self.band.copy_(edges.diff()[:, None])
 

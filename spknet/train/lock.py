@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from shards.format import atomic_write
+from shards.format import write_file
 from spknet.errors import UserError
 from spknet.messages import warn
 from spknet.parallel.process import machine, started
@@ -94,8 +94,7 @@ class Owner:
 
     def _write(self, empty: bool) -> None:
         try:
-            with atomic_write(self.lock) as file:
-                file.write(json.dumps({"token": self.token, **_here()}).encode() + b"\n")
+            write_file(self.lock, json.dumps({"token": self.token, **_here()}) + "\n")
         except OSError:
             if empty:
                 self.lock.unlink()

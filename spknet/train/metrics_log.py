@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shards.format import atomic_write
+from shards.format import write_file
 from spknet.messages import warn
 from spknet.train.growing import GrowingFile
 from spknet.train.lock import Owner
@@ -89,8 +89,7 @@ class MetricsLog:
         entries = [(value, line) for value, line in _read(self.path, self.say) if step > 0 and value["step"] <= step]
         content = b"".join(line + b"\n" for _, line in entries)
         if content != self.path.read_bytes():
-            with atomic_write(self.path) as file:
-                file.write(content)
+            write_file(self.path, content)
         return [value for value, _ in entries]
 
     def has_evaluation(self, step: int) -> bool:

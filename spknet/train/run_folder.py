@@ -27,22 +27,17 @@ from typing import Any
 
 import yaml
 
-from shards.format import atomic_write
-from spknet.train.lock import STALE_SECONDS, Owner, RunError, hold, may_write
-from spknet.train.signals import StopSignals
-
-__all__ = ["STALE_SECONDS", "Owner", "RunError", "StopSignals", "hold", "owned", "read_state", "write_state"]
+from shards.format import write_file
+from spknet.train.lock import Owner, may_write
 
 PACKAGES = ("spknet", "torch", "torchaudio", "numpy", "soundfile", "webdataset", "pydantic")
 STATES = ("running", "requeue", "done", "failed")
 REASON_CHARACTERS = 1000
 GIT_SECONDS = 20.0  # a file server that hangs must not hold up a run for a note
-owned = hold
 
 
 def write_json(path: Path, value) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1).encode() + b"\n")
+    write_file(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -112,8 +107,7 @@ def begin(owner: Owner, options: dict[str, Any], about: dict[str, Any], step: in
             f"{path} was edited; it tells what a run was started with and is not read. Your edit is kept as {aside.name}:"
             " give it with --config to use it"
         )
-    with atomic_write(path) as file:
-        file.write(text)
+    write_file(path, text)
     write_json(owner.run_dir / "record.json", {**about, "config_sha256": _digest(text)})
     write_state(owner.run_dir, "running", step, "", owner.token)
     return notes
@@ -165,9 +159,8 @@ def carries_on(run_dir: str | Path) -> bool:
         return False
     job = os.environ.get("SLURM_JOB_ID")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return (
-        again or (job is not None and about.get("job") == job) or about.get("command", [None, None])[1:] == sys.argv[1:]
-    )
+    same = (job is not None and about.get("job") == job) or about.get("command", [None, None])[1:] == sys.argv[1:]
+    return again or same
 
 
 def set_aside(owner: Owner, keep: Path | None = None) -> list[str]:

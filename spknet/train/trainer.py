@@ -57,22 +57,20 @@ class Trainer:
             self.corpus = Corpus.open(config.data, config.train.seed, config.augment)
         agree({"the training data": self.corpus.fingerprint()})
         self.sample_rate = self.corpus.utterances.sample_rate
-        self.lists = on_first("reading the trial lists", self._check_lists, share=False)  # once for all evaluations
+        look = partial(evaluation.check, config, sample_rate=self.sample_rate)
+        self.lists: Lists | None = on_first("reading the trial lists", look, share=False)  # once for all evaluations
         self.steps_per_epoch = self.corpus.sampler.steps
         self.total_steps = min(config.train.epochs * self.steps_per_epoch, config.train.max_steps or math.inf)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         self.samples = round(config.data.crop_seconds * self.sample_rate)
         with together("building the network"):
             self._build()
-        self.step = 0  # optimizer steps done
+        self.step, self.saved_step = 0, 0  # optimizer steps done; of the newest checkpoint, 0: there is none
         self.window = {"loss": 0.0, "accuracy": 0.0, "steps": 0}  # sums since the last logged step
         self.told: Told | None = None  # what the last step told, not read yet
         self.asked = [False, False]  # whether some rank asks for a stop, for a checkpoint
         self.best: dict | None = None  # {"step", "dev_eer"}
         self.seconds = 0.0  # of training, evaluation and saving apart
-
-    def _check_lists(self) -> Lists | None:
-        return evaluation.check(self.config, sample_rate=self.sample_rate)
 
     def _build(self) -> None:
         c, per_speaker = self.config, self.config.data.utterances_per_speaker
@@ -261,14 +259,9 @@ class Trainer:
         self.window["steps"] += 1
         self.asked = [before or count > 0 for before, count in zip(self.asked, asked)]
 
-    @property
-    def saved_step(self) -> int:
-        """Step of the newest checkpoint, 0 where there is none."""
-        return getattr(self, "_saved_step", 0)
-
     def saved(self) -> None:
         """This step's checkpoint is durable."""
-        self._saved_step, self.saved_at = self.step, time.monotonic()
+        self.saved_step, self.saved_at = self.step, time.monotonic()
         self.asked[1] = False
 
 

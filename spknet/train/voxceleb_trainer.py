@@ -22,27 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from spknet import config as configuration
-from spknet.checkpoints.voxceleb_trainer import (
-    guess_model,
-    is_legacy_checkpoint,
-    load_into,
-    split,
-    window_of,
-)
-from spknet.config import Config, ConfigError
+from spknet.checkpoints.voxceleb_trainer import is_legacy_checkpoint, split, window_of
+from spknet.config import Config, ConfigError, flatten
 from spknet.messages import say
 from spknet.options import parse as parse_options
 from spknet.train.voxceleb_trainer_flags import KNOWN, ONLY_NEWER, defaults, parse, read_yaml, value_of
-
-__all__ = [
-    "Translation",
-    "guess_model",
-    "is_legacy",
-    "is_legacy_checkpoint",
-    "load_into",
-    "options",
-    "translate",
-]
 
 HOP, EXTRA = 0.010, 0.015  # seconds: n frames of the reference are 160 n + 240 samples at 16 kHz
 NORMALIZED = ("ge2e", "angleproto")  # losses whose embeddings the version of mid 2020 length-normalises first
@@ -297,8 +281,6 @@ def _check(config: Config, flags: argparse.Namespace) -> None:
 
 def command(config: Config, eval_only: bool) -> str:
     """The command that does the same, with the options that are not spknet's defaults."""
-    from spknet.config import flatten
-
     own, default = flatten(configuration.to_dict(config)), flatten(configuration.to_dict(Config()))
     changed = {key: value for key, value in own.items() if value != default[key]}
     words = ["python", "-m", "spknet.train"]

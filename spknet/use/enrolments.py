@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.format import atomic_write
+from shards.format import write_file
 from spknet.checkpoints.card import weights_digest
 from spknet.errors import UserError, run
 from spknet.messages import warn
@@ -107,12 +107,8 @@ class Enrolments:
         np.savez(content, vectors=voice.vectors.astype(np.float32))
         about = {"name": name, "recordings": voice.recordings, "weights_sha256": voice.weights_sha256}
         about |= {"vectors_sha256": hashlib.sha256(content.getvalue()).hexdigest(), "date": time.strftime("%Y-%m-%d")}
-        for target, data in (
-            (path.with_suffix(".npz"), content.getvalue()),
-            (path, json.dumps(about, indent=1).encode()),
-        ):
-            with atomic_write(target) as file:
-                file.write(data)
+        write_file(path.with_suffix(".npz"), content.getvalue())
+        write_file(path, json.dumps(about, indent=1))
 
     def _read(self, path: Path) -> tuple[str, Voice]:
         try:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from shards.commands import Parser
-from shards.format import atomic_write
+from shards.format import write_file
 from spknet.checkpoints.averages import CHOICES
 from spknet.checkpoints.card import to_dict
 from spknet.checkpoints.export import voxceleb_trainer
@@ -62,7 +62,7 @@ def write_pt2(
         raise ExportError(
             "torch.export's graph of this network is not for every length; no file is written: export it as .onnx"
         ) from None
-    _write(path, file.getvalue())
+    write_file(path, file.getvalue())
     return rows
 
 
@@ -72,7 +72,7 @@ def write_onnx(
     """The same of ONNX, by onnxruntime."""
     file = onnx_file.to_onnx(program, said)
     rows = onnx_file.check(network, OnnxNetwork(file), network.sample_rate)
-    _write(path, file)
+    write_file(path, file)
     return rows
 
 
@@ -100,7 +100,7 @@ def write_int8(path: str, sources: Sources, listed: str, count: int) -> tuple[st
         table.append([f"int8 {way}", f"{len(file):,}", faster, f"{near.mean():.5f}", f"{near.min():.5f}"])
     best = int8.better(took, means)
     out = str(Path(path).with_suffix(f".int8{Path(path).suffix}"))
-    _write(out, files[best])
+    write_file(out, files[best])
     return out, best, table
 
 
@@ -113,11 +113,6 @@ def error_rates(paths: dict[str, str], trials: list[str], root: list[str] | None
         done = evaluate(network, lists, asked=Asked(bootstrap=0, breakdown=False))
         systems.append((name, {one.trials.name: (one.last[1], one.trials) for one in done.lists}))
     return compare.table(compare.compare(systems, bootstrap.REPLICATES))
-
-
-def _write(path: str, content: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(content)
 
 
 def _parser() -> Parser:

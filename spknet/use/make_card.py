@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.format import atomic_write, sha256_file
+from shards.format import sha256_file, write_file
 from spknet.checkpoints import card as cards
 from spknet.checkpoints.card import Calibration, Card, CardError, FalseAlarms, Histogram, ListFigures
 from spknet.config import Config, flatten, to_dict
@@ -176,8 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     card = make(network, open_lists(asked.trials, asked.dev_trials, **where), chosen.prior, chosen.license)
     cards.write(path, card)
     page = path.with_suffix(".md")
-    with atomic_write(page) as file:
-        file.write(model_card.markdown(card).encode())
+    write_file(page, model_card.markdown(card))
     print(model_card.headline(card))
     print(f"{path}, {page}")
     return 0

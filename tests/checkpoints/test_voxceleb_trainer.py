@@ -246,10 +246,10 @@ def test_a_checkpoint_comes_back_from_each_wrapping(form, name, encoder, tmp_pat
     zipped = form != "2020"  # torch's container changed late in 2020
     torch.save(wrappings(model, loss)[form], tmp_path / "a.model", _use_new_zipfile_serialization=zipped)
     state = checkpoint.read(tmp_path / "a.model")  # by weights_only
-    assert legacy.is_legacy_checkpoint(state)
+    assert legacy_state.is_legacy_checkpoint(state)
     other, other_loss = small(**options), build_loss(LossConfig(name="amsoftmax"), 16, 7, 1)
     bare = form in ("RawNet3", "with its training")  # without the loss
-    assert legacy.load_into(other, None if bare else other_loss, state) == []
+    assert legacy_state.load_into(other, None if bare else other_loss, state) == []
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
     assert torch.equal(loss.weight, other_loss.weight) != bare
@@ -275,7 +275,7 @@ def test_names_and_shapes_are_voxceleb_trainers():
 
 def test_a_window_in_the_file_is_honoured():
     old, model = small(window="hann"), small(window="hamming")
-    legacy.load_into(model, None, legacy_state.to_legacy(old, None))
+    legacy_state.load_into(model, None, legacy_state.to_legacy(old, None))
     waves = torch.randn(1, 8000) * 0.1
     assert torch.equal(model.eval()(waves), old.eval()(waves))
 
@@ -288,7 +288,7 @@ def test_missing_unexpected_and_misshapen_keys_are_each_named_and_refused():
     model = small()
     before = model.head.fc.weight.clone()
     with pytest.raises(CheckpointError) as error:
-        legacy.load_into(model, None, state)
+        legacy_state.load_into(model, None, state)
     for part in (
         "1 missing: conv1.weight",
         "1 unexpected: extra.weight",
@@ -296,14 +296,14 @@ def test_missing_unexpected_and_misshapen_keys_are_each_named_and_refused():
     ):
         assert part in str(error.value)
     assert "--train.allow_partial true" in str(error.value)
-    notes = legacy.load_into(model, None, state, allow_partial=True)
+    notes = legacy_state.load_into(model, None, state, allow_partial=True)
     assert "the network is loaded in part" in notes[0] and "1 missing: conv1.weight" in notes[0]
     assert torch.equal(model.head.fc.weight, before)
 
 
 def test_another_loss_starts_anew_with_a_note():
     state = legacy_state.to_legacy(small(), build_loss(LossConfig(name="softmax"), 16, 7, 1))
-    notes = legacy.load_into(small(), build_loss(LossConfig(name="angleproto"), 16, 7, 2), state)
+    notes = legacy_state.load_into(small(), build_loss(LossConfig(name="angleproto"), 16, 7, 2), state)
     assert "the loss is loaded in part: 2 missing: w, b; 2 unexpected: fc.weight, fc.bias" in notes[0]
 
 
@@ -311,7 +311,7 @@ def test_what_is_no_checkpoint_is_said():
     with pytest.raises(
         CheckpointError, match="not a checkpoint of spknet or of a project that it reads: found keys a, b"
     ):
-        legacy.load_into(small(), None, {"a": 1, "b": 2})
+        legacy_state.load_into(small(), None, {"a": 1, "b": 2})
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_what_is_no_checkpoint_is_said():
     ],
 )
 def test_options_are_guessed_from_a_checkpoint(config):
-    guessed = legacy.guess_model(legacy_state.to_legacy(build_model(replace(config, **SMALL)), None))
+    guessed = legacy_state.guess_model(legacy_state.to_legacy(build_model(replace(config, **SMALL)), None))
     for name in ("name", "encoder", "embedding_size", "n_mels", "input_scale"):
         assert getattr(guessed, name) == getattr(config, name), name
 
@@ -370,7 +370,7 @@ def test_export_writes_what_voxceleb_trainer_reads(words, tmp_path, capsys):
     assert torch.equal(state["__S__.layer1.0.conv1.weight"], model.stages[0][0].conv1.weight)
     assert torch.equal(state["__L__.W"], loss.weight.T)
     back = build_model(config)
-    assert legacy.load_into(back, None, state) == []
+    assert legacy_state.load_into(back, None, state) == []
     assert torch.equal(back.head.encoder.vector, model.head.encoder.vector)
 
 

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-import wave
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,20 +35,13 @@ from spknet.models import build_model
 from spknet.models.features import Spectrum
 from spknet.options import parse
 from spknet.parallel.ranks import Ranks
-from tools.bench.loader import RATE, make_wavs
-from tools.bench.table import Row, beside
+from tools.bench.loader import RATE, make_wavs, write_wav
+from tools.bench.table import Row, beside, in_turn
 
 BATCH = 64  # utterances
 BANDS = 80
 SNR = {"noise": (0, 15), "speech": (13, 20), "music": (5, 15)}
 TALKERS = (3, 7)
-
-
-def write_wav(path: Path, samples: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, RATE, 0, "NONE", ""))
-        file.writeframes(samples.clip(-32768, 32767).astype("<i2").tobytes())
 
 
 def make_noise(folder: Path, pieces: int) -> dict[str, list[tuple[str, str, str]]]:
@@ -134,18 +125,6 @@ def configured(folder: Path, chosen: argparse.Namespace) -> Config:
     return parse([word for name, value in words.items() for word in (f"--{name}", str(value))])
 
 
-def measure(ways: dict, seconds: float) -> dict[str, float]:
-    """Median process seconds of a batch for each way; ways take turns."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[min(ways)]) < 3:
-        for name, way in ways.items():
-            start = time.process_time()
-            way(len(times[name]))
-            times[name].append(time.process_time() - start)
-    return {name: float(np.median(values[1:])) for name, values in times.items()}  # the first makes tables
-
-
 def step_of(config: Config, samples: int):
     """Forward and backward of the network on a batch of waves."""
     model = build_model(config.model, RATE)
@@ -218,7 +197,7 @@ def compare(folder: Path, chosen: argparse.Namespace, paths: list[str], noise: d
         "ours, the loader's half": lambda i: steps[i],
         f"a step of {chosen.model}": step_of(config, steps.samples),
     }
-    seconds = measure(ways, chosen.seconds)
+    seconds, _ = in_turn(ways, chosen.seconds)
     step, waves = seconds.pop(f"a step of {chosen.model}"), seconds[f"{ours}, waves alone"]
     speeds = {name: BATCH / value for name, value in seconds.items()}
     yield from beside(speeds, "crops/s/core")

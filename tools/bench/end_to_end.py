@@ -19,7 +19,7 @@ from pathlib import Path
 
 from shards.pack import pack
 from spknet.errors import UserError
-from tools.bench.loader import make_wavs
+from tools.bench.loader import best, make_wavs
 from tools.bench.table import Row
 
 FAILED = 4000  # characters of what a run that failed has said
@@ -56,12 +56,7 @@ def rows(chosen: argparse.Namespace) -> Iterator[Row]:
 
 def timed(command: list[str]) -> float:
     """Least seconds of three runs: the first may have read from a disk."""
-    times = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        times.append(time.perf_counter() - begun)
-    return min(times)
+    return best(lambda: subprocess.run(command, check=True, capture_output=True), 0)
 
 
 def train(command: list[str], run_dir: Path) -> tuple[float, float, list[dict]]:

@@ -10,10 +10,9 @@ On one CPU thread the process's own time counts.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ import torch
 from spknet.evaluate.embed import Embedding, embed
 from spknet.evaluate.utterances import Crops, Sources
 from tools.bench.step import build
-from tools.bench.table import Row
+from tools.bench.table import Row, in_turn
 
 RATE = 16000
 
@@ -48,6 +47,7 @@ def make_files(folder: Path, utterances: int) -> list[str]:
 
 def rows(chosen: argparse.Namespace) -> Iterator[Row]:
     torch.set_num_threads(chosen.threads)
+    clock = time.process_time if chosen.device == "cpu" and chosen.threads == 1 else time.perf_counter
     model = build(chosen.model, chosen.device).eval()
     with tempfile.TemporaryDirectory() as folder:
         paths = make_files(Path(folder), chosen.utterances)
@@ -56,10 +56,10 @@ def rows(chosen: argparse.Namespace) -> Iterator[Row]:
         for name, crops in (("whole", Crops()), (f"{chosen.crops} crops of 4 s", Crops(4 * RATE, chosen.crops))):
             how = Embedding(crops, bf16=chosen.precision == "bf16")
             ways = {
-                "ours": lambda how=how: embed(model, sources, places, how),
-                "one by one": lambda how=how: one_by_one(model, paths, how),
+                "ours": lambda _, how=how: embed(model, sources, places, how),
+                "one by one": lambda _, how=how: one_by_one(model, paths, how),
             }
-            seconds, found = in_turn(ways, chosen)
+            seconds, found = in_turn(ways, 0, clock, chosen.runs)
             if how.bf16 is False:
                 np.testing.assert_allclose(found["ours"], found["one by one"], atol=1e-3)
             speeds = {way: len(paths) / value for way, value in seconds.items()}
@@ -76,15 +76,3 @@ def one_by_one(model, paths: list[str], how: Embedding) -> np.ndarray:
             rows = model(torch.from_numpy(how.crops.cut(audio)).to(device).float() / 32768)
         found.append(rows.float().cpu())
     return torch.stack(found).numpy()
-
-
-def in_turn(ways: dict[str, Callable], chosen: argparse.Namespace) -> tuple[dict, dict]:
-    """Median seconds of each way, and what it gave."""
-    clock = time.process_time if chosen.device == "cpu" and chosen.threads == 1 else time.perf_counter
-    times, found = {name: [] for name in ways}, {}
-    for _ in range(chosen.runs + 1):
-        for name, way in ways.items():
-            begun = clock()
-            found[name] = way()
-            times[name].append(clock() - begun)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}, found

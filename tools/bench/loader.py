@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 import tracemalloc
-import wave
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from shards import format, index, plan
 from shards.pack import pack
 from shards.reader import Utterances, open_shards
-from tools.bench.table import Row, beside
+from tools.bench.table import Row, beside, in_turn
 
 RATE = 16000
 CROP = 2 * RATE  # samples
@@ -50,6 +49,11 @@ def best(function, seconds: float = 2.0) -> float:
     return min(times)
 
 
+def write_wav(path: Path, samples: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(format.wav_header(len(samples), RATE) + samples.astype("<i2").tobytes())
+
+
 def make_wavs(folder: Path, utterances: int, speakers: int) -> list[tuple[str, str, str]]:
     """Noise of 4 to 12 s in WAV files; (speaker, key, path) of each."""
     rng = np.random.default_rng(0)
@@ -57,13 +61,9 @@ def make_wavs(folder: Path, utterances: int, speakers: int) -> list[tuple[str, s
     for i in tqdm(range(utterances), "noise", unit=" files", delay=5):
         key = f"id{i % speakers:05d}/a/{i:05d}"
         path = folder / f"{key}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Speech-like enough for FLAC: a random walk is compressed to about half, as VoxCeleb is.
         steps = rng.normal(0, 300, int(rng.integers(4 * RATE, 12 * RATE)))
-        samples = (np.convolve(steps, np.ones(8), "same")).astype("<i2")
-        with wave.open(str(path), "wb") as file:
-            file.setparams((1, 2, RATE, 0, "NONE", ""))
-            file.writeframes(samples.tobytes())
+        write_wav(path, np.convolve(steps, np.ones(8), "same"))
         entries.append((key.split("/")[0], key, str(path)))
     return entries
 
@@ -118,19 +118,9 @@ def bench_crops(folder: Path, entries: list, seconds: float) -> Iterator[Row]:
 
 
 def crops_per_second(ways: dict, batches: list, seconds: float) -> dict[str, float]:
-    """Crops a second of a core's own time for each way: median over batches.
-
-    The ways take turns, so that a busy neighbour slows all of them; the batches differ, or the CPU's cache would serve them.
-    """
-    times = {name: [] for name in ways}
-    end = time.perf_counter() + seconds * len(ways)
-    while time.perf_counter() < end or len(times[min(ways)]) < 3:
-        batch = batches[len(times[min(ways)]) % len(batches)]
-        for name, way in ways.items():
-            start = time.process_time()
-            way(*batch)
-            times[name].append(time.process_time() - start)
-    return {name: BATCH / float(np.median(values)) for name, values in times.items()}
+    """Crops a second of a core's own time for each way. The batches differ, or the CPU's cache would serve them."""
+    of_batch = {name: lambda i, way=way: way(*batches[i % len(batches)]) for name, way in ways.items()}
+    return {name: BATCH / value for name, value in in_turn(of_batch, seconds * len(ways))[0].items()}
 
 
 def bench_dataloader(folder: Path, seconds: float) -> Iterator[Row]:
@@ -140,15 +130,8 @@ def bench_dataloader(folder: Path, seconds: float) -> Iterator[Row]:
     from spknet.options import parse
     from spknet.parallel.ranks import Ranks
 
-    words = [
-        "--data.train_shards",
-        str(folder / "wav"),
-        "--data.speakers_per_batch",
-        str(BATCH // 2),
-        "--data.workers",
-        "1",
-    ]
-    config = parse([*words, "--data.max_utterances_per_speaker", "1000000"])
+    words = ["--data.train_shards", str(folder / "wav"), "--data.speakers_per_batch", str(BATCH // 2)]
+    config = parse([*words, "--data.workers", "1", "--data.max_utterances_per_speaker", "1000000"])
     corpus = Corpus.open(config.data, 0)
     me = Ranks()
     drawn = [draw(corpus.utterances, BATCH, seed) for seed in range(BATCHES)]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from shards.format import atomic_write
+from shards.format import write_file
 from spknet.config import ModelConfig
 from spknet.models import build_model
 from spknet.models.describe import multiply_adds, parameters
@@ -109,11 +109,10 @@ def table(utterances: int, machine: Machine) -> str:
 
 def write(path: str) -> Iterator[Row]:
     machine = Machine()
-    with atomic_write(path) as file:
-        units = {"peak": machine.peak / 1e12, "fast": machine.fast / 1e9, "slow": machine.slow / 1e9}
-        units |= {name: 1e6 * getattr(machine, name) for name in ("launch", "inside", "between")}
-        tables = {"few": table(32, machine), "many": table(128, machine)}
-        file.write(PAGE.format(machine=machine, **units, **tables).encode())
+    units = {"peak": machine.peak / 1e12, "fast": machine.fast / 1e9, "slow": machine.slow / 1e9}
+    units |= {name: 1e6 * getattr(machine, name) for name in ("launch", "inside", "between")}
+    tables = {"few": table(32, machine), "many": table(128, machine)}
+    write_file(path, PAGE.format(machine=machine, **units, **tables))
     for name, gpus, _, plain, grouped in rows(32, machine):
         whole, other = sum(plain.values()), sum(grouped.values())
         yield Row(

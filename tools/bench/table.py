@@ -8,13 +8,16 @@ the same run; on the screen line by line, and as JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from shards.format import atomic_write
+from shards.format import write_file
 
 
 class Row(NamedTuple):
@@ -33,6 +36,22 @@ def beside(figures: dict[str, float], unit: str) -> Iterator[Row]:
     yield Row(first, figures[first], unit)
     for name in others:
         yield Row(first, figures[first], unit, figures[first] / figures[name], f"{name} ({number(figures[name])})")
+
+
+def in_turn(ways: dict[str, Callable[[int], object]], seconds: float, clock=time.process_time, rounds: int = 2):
+    """({name: median seconds of a call}, {name: what the last call gave}) of ways that are called with the round's number.
+
+    They take turns, so that a busy neighbour slows all of them, for `seconds` at least. The first round is not timed: it
+    makes tables and fills caches. `rounds`: fewest that are.
+    """
+    times, found, end = {name: [] for name in ways}, {}, time.perf_counter() + seconds
+    for number in itertools.count():
+        if number > rounds and time.perf_counter() > end:
+            return {name: statistics.median(values[1:]) for name, values in times.items()}, found
+        for name, way in ways.items():
+            begun = clock()
+            found[name] = way(number)
+            times[name].append(clock() - begun)
 
 
 def show(row: Row) -> None:
@@ -61,5 +80,4 @@ def machine() -> dict:
 
 def write(path: str, name: str, chosen: argparse.Namespace, rows: list[Row]) -> None:
     content = {"benchmark": name, "machine": machine(), "options": vars(chosen), "rows": [r._asdict() for r in rows]}
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1, default=str).encode())
+    write_file(path, json.dumps(content, indent=1, default=str))

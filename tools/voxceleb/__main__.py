@@ -26,7 +26,7 @@ from pathlib import Path
 
 from shards import errors
 from shards.commands import Parser
-from shards.format import atomic_write
+from shards.format import write_file
 from shards.pack import pack
 from tools import musan
 from tools.voxceleb import files as voxceleb_files
@@ -35,7 +35,6 @@ from tools.voxceleb.extract import ArchiveError, convert, extract, join, journal
 from tools.voxceleb.files import Archive
 
 SECRETS = {"--user": "VOXCELEB_USER", "--password": "VOXCELEB_PASSWORD", "--key": "VOXCELEB_KEY"}
-STEPS = ("download", "join", "extract", "convert", "lists", "pack", "all")
 
 
 def hide_secrets(argv: list[str], environ: MutableMapping[str, str]) -> list[str]:
@@ -108,24 +107,24 @@ def join_parts(archive: Archive, root: Path) -> Path:
     return whole
 
 
-def _join_what_is_there(archives: dict[str, Archive], root: Path) -> None:
+def join_what_is_there(archives: dict[str, Archive], options: argparse.Namespace) -> None:
+    root = options.save_path
     for archive in archives.values():
         there = [root / name for name in (archive.zip, *archive.parts)] + [journal(root / archive.zip)]
         if any(path.exists() for path in there):
             join_parts(archive, root)
 
 
-def extract_all(archives: dict[str, Archive], options: argparse.Namespace, keep: bool) -> None:
+def extract_all(archives: dict[str, Archive], options: argparse.Namespace) -> None:
     for archive in archives.values():
         done = extracted(archive, options.save_path)
         if done.exists():
             continue
         whole = join_parts(archive, options.save_path)
         count = extract(whole, options.save_path, archive.place, workers=4 * options.workers)
-        if keep:
+        if options.keep_archives:
             continue
-        with atomic_write(done) as file:
-            file.write(f"{archive.md5}  {archive.zip}: {count} files in {archive.folder}\n".encode())
+        write_file(done, f"{archive.md5}  {archive.zip}: {count} files in {archive.folder}\n")
         whole.unlink()
         receipt(whole).unlink(missing_ok=True)
 
@@ -148,7 +147,7 @@ def convert_all(archives: dict[str, Archive], options: argparse.Namespace) -> No
 def make_lists(archives: dict[str, Archive], options: argparse.Namespace) -> None:
     """lists/NAME.txt of each set with its counts; official lists checked against all of them."""
     root, sources = options.save_path, {}
-    _join_what_is_there(archives, root)
+    join_what_is_there(archives, options)
     for name, archive in archives.items():
         counts, lines = Counter(), []
         for speaker, key, source in voxceleb_files.entries(archive, root):
@@ -168,12 +167,11 @@ def make_lists(archives: dict[str, Archive], options: argparse.Namespace) -> Non
 
 def _write_lines(path: Path, lines: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write("".join(line + "\n" for line in lines).encode())
+    write_file(path, "".join(line + "\n" for line in lines))
 
 
 def pack_all(archives: dict[str, Archive], options: argparse.Namespace) -> None:
-    _join_what_is_there(archives, options.save_path)
+    join_what_is_there(archives, options)
     for name, archive in archives.items():
         if packed(name, options):
             print(f"{options.shards / name} is there already")
@@ -222,13 +220,23 @@ def run_dataprep(archives: dict[str, Archive], options: argparse.Namespace) -> N
     if options.download:
         download(archives, options)
     if options.concatenate and not options.extract:
-        _join_what_is_there(archives, options.save_path)
+        join_what_is_there(archives, options)
     if options.extract:
-        extract_all(archives, options, keep=True)
+        options.keep_archives = True
+        extract_all(archives, options)
     if options.convert:
         convert_all(archives, options)
 
 
+STEPS = {
+    "download": download,
+    "join": join_what_is_there,
+    "extract": extract_all,
+    "convert": convert_all,
+    "lists": make_lists,
+    "pack": pack_all,
+    "all": do_all,
+}
 DATAPREP = {
     "download": "as the step",
     "concatenate": "as the step join",
@@ -279,31 +287,8 @@ def _chosen(options: argparse.Namespace) -> dict[str, Archive]:
     return {name: known[name] for name in names}
 
 
-def _run(options: argparse.Namespace) -> None:
-    archives = _chosen(options)
-    if options.step is None:
-        run_dataprep(archives, options)
-    elif options.step == "download":
-        download(archives, options)
-    elif options.step == "join":
-        _join_what_is_there(archives, options.save_path)
-    elif options.step == "extract":
-        extract_all(archives, options, options.keep_archives)
-    elif options.step == "convert":
-        convert_all(archives, options)
-    elif options.step == "lists":
-        make_lists(archives, options)
-    elif options.step == "pack":
-        pack_all(archives, options)
-    else:
-        do_all(archives, options)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return errors.run(_main, argv)
-
-
-def _main(argv: list[str] | None) -> None:
+@errors.told
+def main(argv: list[str] | None = None) -> None:
     argv = hide_secrets(sys.argv[1:] if argv is None else argv, os.environ)
     options = parser().parse_args(argv)
     # Out of the environment, so that no child process sees them.
@@ -313,7 +298,7 @@ def _main(argv: list[str] | None) -> None:
     if (options.step is None) != any(flags):
         parser().error(f"give one step of {', '.join(STEPS)}, or dataprep.py's flags")
     options.save_path.mkdir(parents=True, exist_ok=True)
-    _run(options)
+    STEPS.get(options.step, run_dataprep)(_chosen(options), options)
 
 
 if __name__ == "__main__":

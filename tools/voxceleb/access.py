@@ -69,13 +69,13 @@ class Access:
         told = str(text)
         basic = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
         for secret in filter(None, (self.key, self.password, basic if self.user or self.password else "", self.user)):
-            forms = {
-                secret,
-                urllib.parse.quote(secret),
+            forms = {secret, *(quote(secret) for quote in (urllib.parse.quote, urllib.parse.quote_plus))}
+            forms |= {
                 urllib.parse.quote(secret, safe=""),
-                urllib.parse.quote_plus(secret),
+                repr(secret)[1:-1],
+                ascii(secret)[1:-1],
+                secret.encode().hex(),
             }
-            forms |= {repr(secret)[1:-1], ascii(secret)[1:-1], secret.encode().hex()}
             for form in sorted(forms, key=len, reverse=True):
                 told = re.sub(re.escape(form), "***", told, flags=re.IGNORECASE)
         return ascii(told)[1:-1][:LONGEST_QUOTE]

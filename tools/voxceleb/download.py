@@ -4,8 +4,7 @@
     DIR/NAME           appears when the md5 agrees (rename)
     DIR/NAME.md5       the receipt, as `md5sum` writes it: a file that is older than its receipt is not read again
 
-Names of users, passwords and keys are sent to the host that was asked for and nowhere else: not along a redirect to another host, not
-into messages. Certificates are always verified.
+Who asks, where, and what a server may answer: access.py.
 
     fetch_all({"a.zip": MD5}, Path("data"), Access("https://host/folder", user="me", password=secret))
 """
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shards.format import atomic_write
+from shards.format import write_file
 from tools.voxceleb.access import Access, DownloadError, Interrupted, open_file
 
 PIECE = 1 << 20  # bytes
@@ -191,16 +190,16 @@ def fetch_all(files: dict[str, str], folder: Path, access: Access, *, parallel: 
     stop = threading.Event()
     with ThreadPoolExecutor(parallel) as pool:
         try:
-            sizes = _all(pool, [pool.submit(_size, access, name, stop) for name in missing])
+            sizes = _all([pool.submit(_size, access, name, stop) for name in missing])
             _check_space(folder, dict(zip(missing, sizes)))
             total = None if None in sizes else sum(sizes)
             with tqdm(total=total, desc="download", unit="B", unit_scale=True, unit_divisor=1024) as bar:
-                _all(pool, [pool.submit(_fetch, access, name, missing[name], folder, bar, stop) for name in missing])
+                _all([pool.submit(_fetch, access, name, missing[name], folder, bar, stop) for name in missing])
         finally:
             stop.set()
 
 
-def _all(pool: ThreadPoolExecutor, futures: list) -> list:
+def _all(futures: list) -> list:
     done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
     for future in waiting if any(future.exception() for future in done) else ():
         future.cancel()
@@ -223,8 +222,7 @@ def receipt(path: Path) -> Path:
 
 
 def write_receipt(path: Path, md5: str) -> None:
-    with atomic_write(receipt(path)) as file:
-        file.write(f"{md5}  {path.name}\n".encode())
+    write_file(receipt(path), f"{md5}  {path.name}\n")
 
 
 def is_verified(path: Path, md5: str) -> bool:

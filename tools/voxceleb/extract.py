@@ -32,27 +32,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from shards.errors import UserError
-from shards.format import atomic_write, remove_leftovers
+from shards.format import atomic_write, remove_leftovers, write_file
 from tools.voxceleb.download import md5_of, receipt, write_receipt
 
 SMALLEST_PIECE, LARGEST_PIECE = 1 << 18, 64 << 20  # bytes that lie on the disk twice while parts are joined
 LARGEST_MEMBER = 2 << 30  # bytes; an utterance has some 250 kB, VoxCeleb's longest some 5 MB
 LARGEST_RATIO = 100  # unpacked to packed bytes of a whole archive; deflate reaches 1000, speech 1.2
 BATCH = 16  # files for one ffmpeg: starting it takes ten times as long as decoding an utterance
-
-
+RATE = 16000  # Hz, of a converted file
 DEEPEST, LONGEST_NAME, LONGEST_PATH = 64, 255, 1024  # folders, bytes of one and of all: what file systems take
 # What zipfile and zlib raise for a damaged archive.
-DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    NotImplementedError,
-    ValueError,
-    IndexError,
-    struct.error,
-    RuntimeError,
-)
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, IndexError)
+DAMAGED += (struct.error, RuntimeError)
 
 
 class ArchiveError(UserError):
@@ -74,8 +65,7 @@ def join(parts: list[Path], whole: Path, md5: str) -> None:
         if missing:
             raise ArchiveError(f"{whole.parent} lacks {', '.join(missing)}: download them first")
         sizes = {part.name: part.stat().st_size for part in parts}
-        with atomic_write(journal(whole)) as file:
-            file.write(json.dumps(sizes).encode())
+        write_file(journal(whole), json.dumps(sizes))
     try:
         sizes = json.loads(journal(whole).read_text())
         list(sizes), sum(sizes.values())
@@ -283,7 +273,7 @@ def _bounded(pool: Executor, jobs: Iterable[Callable], limit: int) -> Iterator:
             future.cancel()
 
 
-def convert(pairs: list[tuple[Path, Path]], *, workers: int = 2, rate: int = 16000) -> list[str]:
+def convert(pairs: list[tuple[Path, Path]], *, workers: int = 2) -> list[str]:
     """Each (source, target): audio of any kind -> 16-bit mono WAV; targets that exist stay. Returns what failed, a line each.
 
     A process decodes BATCH files with one ffmpeg into temporary names, makes them durable and renames them.
@@ -295,24 +285,25 @@ def convert(pairs: list[tuple[Path, Path]], *, workers: int = 2, rate: int = 160
     batches = [todo[i : i + BATCH] for i in range(0, len(todo), BATCH)]
     failed = []
     with ProcessPoolExecutor(workers) as pool, tqdm(total=len(todo), desc="convert", unit=" files") as bar:
-        for count, problems in _bounded(pool, (partial(_convert_batch, batch, rate) for batch in batches), 4 * workers):
+        for count, problems in _bounded(pool, (partial(_convert_batch, batch) for batch in batches), 4 * workers):
             bar.update(count)
             failed += problems
     return failed
 
 
-def _convert_batch(batch: list[tuple[Path, Path]], rate: int) -> tuple[int, list[str]]:
-    problem = _ffmpeg(batch, rate)
+def _convert_batch(batch: list[tuple[Path, Path]]) -> tuple[int, list[str]]:
+    problem = _ffmpeg(batch)
     if not problem:
         return len(batch), []
     if len(batch) == 1:
         return 1, [f"{batch[0][0]}: {problem}"]
-    return len(batch), [line for pair in batch for line in _convert_batch([pair], rate)[1]]
+    return len(batch), [line for pair in batch for line in _convert_batch([pair])[1]]
 
 
-def _ffmpeg(batch: list[tuple[Path, Path]], rate: int) -> str:
+def _ffmpeg(batch: list[tuple[Path, Path]]) -> str:
     """One ffmpeg for the whole batch; what it complains of, or nothing. Targets appear only if all is well."""
     command = ["ffmpeg", "-nostdin", "-v", "error", "-xerror", "-y"]
+    form = ["-ac", "1", "-ar", str(RATE), "-c:a", "pcm_s16le", "-bitexact", "-f", "wav"]
     temporary = []
     try:
         for _, target in batch:
@@ -322,20 +313,7 @@ def _ffmpeg(batch: list[tuple[Path, Path]], rate: int) -> str:
         for source, _ in batch:
             command += ["-threads", "1", "-i", f"file:{source}"]
         for i, (_, name) in enumerate(temporary):
-            command += [
-                "-map",
-                f"{i}:a:0",
-                "-ac",
-                "1",
-                "-ar",
-                str(rate),
-                "-c:a",
-                "pcm_s16le",
-                "-bitexact",
-                "-f",
-                "wav",
-                f"file:{name}",
-            ]
+            command += ["-map", f"{i}:a:0", *form, f"file:{name}"]
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         if result.returncode:
             lines = result.stderr.decode(errors="replace").strip().splitlines()
