@@ -31,7 +31,14 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line with the nearest option or word, in place of the whole usage."""
+    """argparse whose errors are one line with the nearest option or word, in place of the whole usage.
+
+    Options are written in full, as those of `spknet train` are: a word too short is a mistake that is told, not a guess.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
+        self.words: list[str] = []
 
     def parse_known_args(self, args=None, namespace=None):
         self.words = sys.argv[1:] if args is None else list(args)
@@ -56,7 +63,6 @@ class Parser(argparse.ArgumentParser):
             if word == "--" or (action and action.nargs == argparse.REMAINDER):
                 break
             name = word.split("=")[0]
-            known = [o for o in self._option_string_actions if o == name or (self.allow_abbrev and o.startswith(name))]
-            if name.startswith("--") and not known:
+            if name.startswith("--") and name not in self._option_string_actions:
                 return name
         return ""

@@ -219,6 +219,14 @@ def test_version_and_module(capsys):
     assert done.stdout.startswith("spknet 0.")
 
 
+def test_ctrl_c_while_a_command_is_imported_is_told(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert told(capsys, ["evaluate"]) == (130, "stopped by Ctrl-C\n")
+
+
 def test_ctrl_c_leaves_with_130_and_without_a_traceback(tmp_path):
     command = [sys.executable, "-m", "tools.synth", "--out", str(tmp_path / "made"), "--train-speakers", "2000"]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True, "start_new_session": True}

@@ -23,10 +23,10 @@ from spknet.evaluate.trials import KALDI, TrialError, Trials, list_name, names_i
 
 
 def read_report(path: str | Path) -> tuple[Path, dict]:
-    """(folder, report) of an evaluation's folder, its report.json, or a run (its newest evaluation). Raises TrialError."""
+    """(folder, report) of an evaluation's folder, its report.json, or a run: its newest, else RUN/evaluation. Raises TrialError."""
     path = Path(path)
     if path.is_dir():
-        of_run = sorted(path.glob("eval/step-*/report.json"))
+        of_run = [*path.glob("evaluation/report.json"), *sorted(path.glob("eval/step-*/report.json"))]
         path = path / "report.json" if (path / "report.json").is_file() or not of_run else of_run[-1]
     try:
         found = json.loads(read_bytes(path))

@@ -93,7 +93,7 @@ def det(systems: dict[str, tuple[np.ndarray, np.ndarray]], title: str = "") -> b
     axes.set_xlabel("false alarms, % of non-targets")
     axes.set_ylabel("misses, % of targets")
     axes.set_title(_plain(title))
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=8, loc="upper right")
     return _png(figure)
 
 

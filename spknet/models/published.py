@@ -21,6 +21,7 @@ SOURCES = {
     "RDN": "github.com/IDRnD/redimnet, and arXiv 2407.18223",
     "RDN2": "github.com/PalabraAI/redimnet2, README.md, and arXiv 2603.11841",
     "VT": "github.com/clovaai/voxceleb_trainer, README.md",
+    "RN": "github.com/Jungjee/RawNet, python/RawNet3/README.md, which does not say which edition of the list",
 }
 
 
@@ -49,8 +50,18 @@ def _wespeaker(network: str, *rows: str) -> list[Published]:
     ]
 
 
+def _redimnet(network: str, plain: str, normed: str) -> list[Published]:
+    """Both with LM: `O E H` without and with AS-norm."""
+    return [
+        Published(network, "", *row.split(), tuned=True, score=score, source="RDN")
+        for row, score in ((plain, "none"), (normed, "AS-norm"))
+    ]
+
+
 PUBLISHED = [
     Published("ResNetSE34L", "", "2.18 old", "-", "-", score="none, 10 crops", source="VT"),
+    Published("ResNetSE34V2", "", "1.18 old", "-", "-", score="none, 10 crops", source="VT"),
+    Published("RawNet3", "", "0.89", "-", "-", data="not said", score="none", source="RN"),
     *_wespeaker(
         "ResNet34",
         "0.867 1.049 1.959",
@@ -95,7 +106,13 @@ PUBLISHED = [
     Published("SimAM-ResNet34", "", "0.372", "0.559", "0.997", "VB2, Vox2", tuned=True, score="QMF"),
     Published("SimAM-ResNet100", "", "0.229", "0.458", "0.868", "VB2, Vox2", tuned=True),
     Published("SimAM-ResNet100", "", "0.202", "0.421", "0.795", "VB2, Vox2", tuned=True, score="QMF"),
-    Published("ReDimNet-B2", "", "0.57", "0.76", "1.32", tuned=True, score="none", source="RDN"),
+    *_redimnet("ReDimNet-B0", "1.16 1.25 2.20", "1.07 1.18 2.01"),
+    *_redimnet("ReDimNet-B1", "0.85 0.97 1.73", "0.73 0.89 1.57"),
+    *_redimnet("ReDimNet-B2", "0.57 0.76 1.32", "0.52 0.74 1.27"),
+    *_redimnet("ReDimNet-B3", "0.50 0.73 1.33", "0.47 0.69 1.23"),
+    *_redimnet("ReDimNet-B4", "0.51 0.68 1.26", "0.44 0.64 1.17"),
+    *_redimnet("ReDimNet-B5", "0.43 0.61 1.08", "0.39 0.59 1.05"),
+    *_redimnet("ReDimNet-B6", "0.40 0.55 1.05", "0.37 0.53 1.00"),
     Published("ReDimNet2-B0", "", "1.04", "1.16", "1.97", tuned=True, score="none", source="RDN2"),
     Published("ReDimNet2-B1", "", "0.78", "0.96", "1.72", tuned=True, score="none", source="RDN2"),
     Published("ReDimNet2-B2", "", "0.57", "0.76", "1.41", tuned=True, score="none", source="RDN2"),
@@ -113,11 +130,11 @@ CHOOSE = {
     "ResNetSE34V2": "to fine-tune voxceleb_trainer's larger checkpoints.",
     "VGGVox": "to repeat VGG-M-40 of the paper of 2020.",
     "RawNet3": "to learn the filters from waves instead of taking mel bands.",
-    "ResNet18": "for the simplest of today's networks at half of ResNet34's cost.",
+    "ResNet18": "for the simplest of today's networks at half of ResNet34's cost; no figures are known here.",
     "ResNet34": "as the default: the most used checkpoints are of it, and its published figures are the most complete.",
     "ResNet50": "for bottleneck blocks at nearly ResNet34's cost; no figures are published.",
-    "ResNet101": "for a step between ResNet34 and ResNet221.",
-    "ResNet152": "to use or fine-tune WeSpeaker's checkpoint of it.",
+    "ResNet101": "for a step between ResNet34 and ResNet221; no figures are known here.",
+    "ResNet152": "to use or fine-tune WeSpeaker's checkpoint of it; no figures are known here.",
     "ResNet221": "for low error from VoxCeleb2 alone where time for embedding does not count.",
     "ResNet293": "for the last tenth of a percent after ResNet221, at a third more cost.",
     "Res2Net34": "to compare with; ResNet34 and CAM++ err less.",

@@ -206,11 +206,11 @@ def test_what_cannot_be_read_is_one_sentence(run_dir, corpus, tmp_path, capsys):
         (["--checkpoint", tmp_path / "none", *base], "no such checkpoint"),
         (["--embeddings", kept, *base], "cannot be read"),
         (["--checkpoint", run_dir, *base, "--utt2spk", tmp_path / "none"], "cannot read this list"),
-        (["--checkpoint", run_dir, *base, "--enrolment", tmp_path], "a folder, where a file is expected"),
-        (["--checkpoint", run_dir, *base, "--metadata", tmp_path / "none", "--by", "x"], "cannot read this metadata"),
+        (["--checkpoint", run_dir, *base, "--enrolment", tmp_path], "is a folder, expected a file"),
+        (["--checkpoint", run_dir, *base, "--metadata", tmp_path / "none", "--by", "x"], "no such file or folder"),
         (["--checkpoint", run_dir, *base, "--cohort", tmp_path / "none", "--subtract_mean"], "cannot read this list"),
         (["--checkpoint", run_dir, "--trials", tmp_path / "nul", *base[2:]], "zero bytes"),
-        (["--checkpoint", run_dir, "--trials", tmp_path, *base[2:]], "a folder, where a file is expected"),
+        (["--checkpoint", run_dir, "--trials", tmp_path, *base[2:]], "is a folder, expected a file"),
     ):
         assert errors.run(command.main, [*map(str, words)]) == 2, words
         shown = capsys.readouterr().err

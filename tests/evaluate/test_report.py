@@ -107,6 +107,8 @@ def test_comparing_a_report_with_its_shuffled_self_finds_nothing(tmp_path, capsy
 
 def test_a_run_stands_for_its_newest_evaluation(tmp_path):
     trials = make_list(tmp_path)
+    make_report(tmp_path / "run/evaluation", trials, draw(trials, 1.5, 0))  # as `spknet evaluate --out` leaves it
+    assert compare.read_report(tmp_path / "run")[0] == tmp_path / "run/evaluation"
     for step in (20, 100):
         make_report(tmp_path / f"run/eval/step-{step:08d}", trials, draw(trials, 1.5, 0))
     assert compare.read_report(tmp_path / "run")[0] == tmp_path / "run/eval/step-00000100"

@@ -31,7 +31,8 @@ def parser() -> Parser:
 
 TOLD = {
     "pack --ot a": "unknown option --ot; did you mean --out?",
-    "pack --out a --worker=3 --werkers=4": "unknown option --werkers; did you mean --workers?",
+    "pack --out a --workers=3 --werkers=4": "unknown option --werkers; did you mean --workers?",
+    "pack --out a --work 3": "unknown option --work; did you mean --workers?",
     "downlod --out a": "did you mean download?",
     "pack --out a --workers x": "invalid int value: 'x';",
     "pack": "the following arguments are required: --out;",

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,12 @@ def test_a_network_of_more_and_larger_maps_takes_more_than_the_baseline():
     ]
     assert rows[1].ratio == 1 and rows[3].ratio > 1 and rows[3].unit == "MiB"
     assert "VGGVox40" not in step.chosen_names("all") and "CAM++" in step.chosen_names("all")
+
+
+def test_the_page_has_the_speed_of_every_network():
+    page = (Path(__file__).resolve().parents[2] / "docs/variants.md").read_text()
+    rows = set(re.findall(r"^\| ([\w+-]+)(?: \(\*\))?(?: \| \d+\.\d+){4} \|$", page, re.M))
+    assert rows == set(step.chosen_names("all")) - {step.BASELINE}
 
 
 @pytest.mark.slow

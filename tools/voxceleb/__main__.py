@@ -243,7 +243,6 @@ def parser() -> Parser:
         "spknet voxceleb",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     p.add_argument("step", nargs="?", choices=STEPS, help="what to do, see above")
     p.add_argument("--save_path", "--save-path", type=Path, default=Path("data"), help="folder of everything (data)")
