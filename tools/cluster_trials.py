@@ -228,7 +228,7 @@ def run_trial(
         state=state["state"],
         each_step_once=[line["step"] for line in steps] == list(range(1, state["step"] + 1)),
         equal_losses=all(line[key] == expected[line["step"]][key] for line in steps for key in SHAPING),
-        equal_weights=equal_weights(run, reference, state["step"]),
+        equal_weights=equal_weights(run, reference, newest_common_checkpoint(run, reference)),
         seconds=time.monotonic() - begun,
         free=free,
     )
@@ -236,6 +236,12 @@ def run_trial(
 
 def trained(run: Path) -> list[dict]:
     return [line for line in read_metrics(run / "metrics.jsonl") if "eval" not in line]
+
+
+def newest_common_checkpoint(run: Path, other: Path) -> int:
+    """Step of the newest checkpoint that both runs have; 0 where there is none."""
+    names = [{path.stem for path in folder.glob("checkpoints/step-*.pt")} for folder in (run, other)]
+    return max((int(name.removeprefix("step-")) for name in names[0] & names[1]), default=0)
 
 
 def equal_weights(run: Path, other: Path, step: int) -> bool:

@@ -15,6 +15,7 @@ it is not 0 (`mel_energies`). On a GPU one transform and one matrix product of e
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -49,6 +50,13 @@ def pre_emphasis(waves: Tensor, taps: Tensor) -> Tensor:
     """taps[0] x[t-1] + taps[1] x[t], with x[-1] = x[1] (reflection): (batch, samples) -> the same shape."""
     previous = torch.cat([waves[:, 1:2], waves[:, :-1]], dim=1)
     return taps[0] * previous + taps[1] * waves
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """No autocast where x lies. An exported graph has none to begin with, and torch 2.14 cannot read one back that turns it off."""
+    if torch.compiler.is_exporting():
+        return contextlib.nullcontext()
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def at_least(x: Tensor, fewest: int, dim: int) -> Tensor:
@@ -170,7 +178,7 @@ class Spectrum(nn.Module):
     @torch.no_grad()
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
         """waves: (batch, samples) in [-1, 1] -> (batch, bands, frames), in the precision of the buffers."""
-        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
+        with full_precision(waves):
             waves = waves.to(self.window.dtype) * self.scale
             if self.taps is not None:
                 waves = pre_emphasis(waves, self.taps)

@@ -36,6 +36,7 @@ from spknet.models.features import (
     Spectrum,
     apply_masks,
     at_least,
+    full_precision,
     in_pieces,
     mel_energies,
     mel_filters,
@@ -123,7 +124,7 @@ class FrontEnd(nn.Module):
     @torch.compiler.disable  # complex numbers are not compiled anyway: break the graph once, here, without a warning
     @torch.no_grad()
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
-        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
+        with full_precision(waves):
             waves = at_least(waves.to(self.window.dtype), self.length, dim=1)
             self.spans = spans_of(self.filters)
             return apply_masks(in_pieces(self.centred, waves, self.hop), masks)

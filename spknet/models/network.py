@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
-from spknet.models.features import apply_masks, at_least
+from spknet.models.features import apply_masks, at_least, full_precision
 from spknet.models.front_ends import build_features
 from spknet.models.pooling import POOLINGS, fewest_frames
 
@@ -86,7 +86,7 @@ class Network(nn.Module):
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
         if self.input_norm is None:
             return self.embed_features(self.features(waves, masks).mT)
-        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
+        with full_precision(waves):
             features = self.input_norm(self.features(waves))
         return self.embed_features(apply_masks(features, masks).mT)
 
@@ -106,7 +106,7 @@ class Network(nn.Module):
             )
         x = at_least(features, self.fewest_frames, dim=1).mT
         x = self.frames(x) if lengths is None else self.frames(x, lengths)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        with full_precision(x):
             x = x.to(next(self.parameters()).dtype)
             return self.embed_frames(x) if lengths is None else self.embed_frames(x, lengths)
 

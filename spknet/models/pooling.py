@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from spknet.models.features import at_least
+from spknet.models.features import at_least, full_precision
 
 # Names, and how many outputs each makes of a channel.
 POOLINGS = {"SAP": 1, "TAP": 1, "MAX": 1, "ASP": 2, "TSTP": 2, "TSDP": 1, "ASTP": 2, "ASTP-GLOB": 2, "MQMHA": 4}
@@ -193,7 +193,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = at_least(x, self.fewest, dim=2)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        with full_precision(x):
             return self.fc(self.encoder(x.to(self.fc.weight.dtype)))
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
-from spknet.models.features import INT16, PRE_EMPHASIS, apply_masks, pre_emphasis
+from spknet.models.features import INT16, PRE_EMPHASIS, apply_masks, full_precision, pre_emphasis
 from spknet.models.pooling import POOLINGS, ChannelAttention, Head, build_pooling
 
 TAPS = 251
@@ -86,7 +86,7 @@ class FilterBank(nn.Module):
         self.sinc = SincFilters(channels // 2, stride, sample_rate)
 
     def forward(self, waves: Tensor, masks: Tensor | None = None) -> Tensor:
-        with torch.autocast("cpu" if waves.is_meta else waves.device.type, enabled=False):
+        with full_precision(waves):
             waves = pre_emphasis(waves.to(self.sinc.low.dtype) * self.scale, self.taps)
             x = (self.sinc(self.norm(waves[:, None])[:, 0]).abs() + 1e-6).log()
             return apply_masks(x - x.mean(dim=2, keepdim=True), masks)

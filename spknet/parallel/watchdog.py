@@ -145,36 +145,43 @@ class Watchdog:
                 return
 
     def _watch(self) -> None:
+        asking = None
         while not self.stopped.wait(min(0.5, self.interval)):
             now = time.monotonic()
             if self.me.world_size > 1 and now - self.heard > self.limit:
                 host, port = meeting().address
                 said = f"rank {self.me.rank} has not reached the other ranks ({host}:{port}) for {self.limit:g} s"
                 self._leave(Failure(said + "; the network between them is cut", REQUEUE, self.me.rank), tell=False)
-            elif self.since is not None and now - self.since > self.limit:
-                # A machine that stalls is no fault of the run: the launcher starts it again, and blames the node.
-                self._leave(Failure(self._stalled(), REQUEUE, self.me.rank), tell=True)
+            elif asking is None and self.since is not None and now - self.since > self.limit:
+                # Who is behind stands in the store, which may be out of reach, and then does not answer at all.
+                asking = threading.Thread(target=self._leave_stalled, daemon=True, name="stalled")
+                asking.start()
+
+    def _leave_stalled(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: the heartbeat speaks
+            # A machine that stalls is no fault of the run: the launcher starts it again, and blames the node.
+            self._leave(Failure(self._stalled(), REQUEUE, self.me.rank), tell=True)
 
     def _leave(self, failure: Failure, tell: bool) -> None:
-        with self.leaving:
-            if self.stopped.is_set():
-                return
-            if tell:
-                failure = self.fail(failure)
-            alone = failure.rank == self.me.rank
-            if self.me.first or alone:
-                print(f"error: {printable(failure.reason)}", file=sys.stderr, flush=True)
-            if self.me.first:
-                self.report(failure)
-            self.last_acts(failure)
-            for child in multiprocessing.active_children():
-                child.kill()  # loaders ignore gentler signals
-            if alone and not tell and self.me.local == 0:
-                torchrun.end_if_cut_off()
-            if self.me.world_size > 1 and tell:
-                with contextlib.suppress(RuntimeError):
-                    leave(meeting(), self.store)
-            os._exit(failure.status)
+        self.leaving.acquire(timeout=2 * GRACE)  # who has it may wait for a store out of reach; it is never given back
+        if self.stopped.is_set():
+            return
+        if tell:
+            failure = self.fail(failure)
+        alone = failure.rank == self.me.rank
+        if self.me.first or alone:
+            print(f"error: {printable(failure.reason)}", file=sys.stderr, flush=True)
+        if self.me.first:
+            self.report(failure)
+        self.last_acts(failure)
+        for child in multiprocessing.active_children():
+            child.kill()  # loaders ignore gentler signals
+        if alone and not tell and self.me.local == 0:
+            torchrun.end_if_cut_off()
+        if self.me.world_size > 1 and tell:
+            with contextlib.suppress(RuntimeError):
+                leave(meeting(), self.store)
+        os._exit(failure.status)
 
     def gone(self) -> str:
         """Who is gone where a connection has broken; takes some beats to see."""

@@ -35,7 +35,7 @@ from spknet.evaluate.lists import open_lists
 from spknet.evaluate.utterances import Sources
 from spknet.use import int8, onnx_file
 from spknet.use.network import Network, load
-from spknet.use.onnx_file import OnnxNetwork
+from spknet.use.onnx_file import ExportError, OnnxNetwork
 
 FORMATS = {".onnx": "onnx", ".pt2": "pt2", ".model": "voxceleb_trainer"}
 LONGEST = 10  # seconds of an utterance that int8 is learned or judged on
@@ -56,7 +56,12 @@ def write_pt2(
     file = io.BytesIO()
     torch.export.save(program, file, extra_files=said)
     file.seek(0)
-    rows = onnx_file.check(network, torch.export.load(file).module(), network.sample_rate)
+    try:
+        rows = onnx_file.check(network, torch.export.load(file).module(), network.sample_rate)
+    except AssertionError:  # "Guard failed": torch.export took something of its example's length for a condition
+        raise ExportError(
+            "torch.export's graph of this network is not for every length; no file is written: export it as .onnx"
+        ) from None
     _write(path, file.getvalue())
     return rows
 

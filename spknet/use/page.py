@@ -124,10 +124,9 @@ def temporary_folder():
 
 def port_number(text: str) -> int:
     """argparse type: a port of TCP."""
-    number = at_least(0)(text)
-    if number > 65535:
+    if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text}: expected a port, 0 to 65535")
-    return number
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:

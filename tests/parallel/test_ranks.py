@@ -1,9 +1,12 @@
 """Which device and how many threads a rank takes, and what is said where ranks cannot meet."""
 
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ import torch
 from spknet.parallel import ranks
 from spknet.parallel.ranks import RankError, Ranks, from_environment, meeting, threads_of
 from spknet.parallel.together import PIECE, barrier, gather_objects, on_first
-from tests.ranks import exit_statuses, run_ranks
+from spknet.parallel.watchdog import Watchdog
+from tests.ranks import exit_statuses, free_port, run_ranks, set_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,7 +72,9 @@ def test_threads_are_an_equal_share_or_what_the_user_has_set(monkeypatch):
 
 
 SCRIPT = """
+import multiprocessing
 import os
+import signal
 os.sched_getaffinity = lambda pid: set(range(16))
 from spknet.parallel.ranks import meet, threads_of
 with meet(60) as me:
@@ -154,3 +160,26 @@ def test_ranks_tell_each_other_more_than_the_store_takes_at_once_and_leave_nothi
     every = run_ranks(3, _exchanged)
     assert [found[:2] for found in every] == [[[True] * 4, True]] * 3
     assert every[0][2] < 30  # of 12 rounds with 3 pieces and more
+
+
+def _waits_with_a_store_that_falls_silent(rank: int, port: int) -> None:
+    set_environment(rank, 2, port)
+    with ranks.meet(6):
+        watchdog = Watchdog(report=lambda failure: None).start()
+        watchdog.says("waiting", step=1)  # before the last sign of life of the other rank, and the store
+        time.sleep(2)
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(60)
+
+
+def test_a_rank_that_asks_who_is_behind_as_the_store_falls_silent_ends_all_the_same(capfd):
+    context, port = multiprocessing.get_context("fork"), free_port()
+    processes = [context.Process(target=_waits_with_a_store_that_falls_silent, args=(rank, port)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    processes[1].join(30)
+    for process in processes:
+        process.kill()
+    assert processes[1].exitcode == 75
+    assert "rank 1 has not reached the other ranks (127.0.0.1:" in capfd.readouterr().err

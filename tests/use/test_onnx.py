@@ -1,5 +1,6 @@
 """Networks as ONNX and .pt2 answer what torch answers, at any length and batch; and in 8-bit integers nearly so."""
 
+import io
 import json
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from spknet import cli, rng
 from spknet.config import FeaturesConfig, LossConfig, ModelConfig
 from spknet.models import MODELS, build_model, campplus, dfresnet, resnet_se
-from spknet.use import int8, onnx_file
+from spknet.use import export, int8, onnx_file
 from spknet.use.onnx_file import ExportError, OnnxNetwork
 from tests.checkpoints.test_voxceleb_trainer import own_checkpoint
 
@@ -31,6 +32,8 @@ FAMILIES = {
     "vggvox": ModelConfig(name="VGGVox", width=0.125, embedding_size=32),
     "lstm": ModelConfig(name="GE2E-LSTM", width=0.25, embedding_size=32),
 }
+
+NO_PT2 = ("lstm", "rawnet3", "vggvox")  # their graphs depend on the length
 
 
 @pytest.fixture
@@ -53,17 +56,30 @@ def network_of(config: ModelConfig) -> torch.nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_network_of_each_family_answers_the_same_as_onnx(family, shallow):
+def test_one_network_of_each_family_answers_the_same_as_onnx_and_pt2(family, shallow):
     network = network_of(FAMILIES[family])
-    made = OnnxNetwork(onnx_file.to_onnx(onnx_file.graph(network), {"sample_rate": "16000"}), 1)
+    program = onnx_file.graph(network)
+    made = OnnxNetwork(onnx_file.to_onnx(program, {"sample_rate": "16000"}), 1)
     rows = onnx_file.check(network, made, 16000)
     assert [seconds for seconds, _, _ in rows] == [0.5, 2.0, 7.3, 30.0]
     assert min(cosine for _, cosine, _ in rows) > 0.99999 and max(difference for _, _, difference in rows) < 1e-4
-    waves = 0.1 * torch.randn(
-        5, 4001, generator=torch.Generator().manual_seed(1)
-    )  # another batch, a quarter of a second
+    waves = 0.1 * torch.randn(5, 4001, generator=torch.Generator().manual_seed(1))  # a quarter of a second
+    others = [made]
+    if family not in NO_PT2:
+        pt2 = io.BytesIO()
+        torch.export.save(program, pt2)
+        pt2.seek(0)
+        others.append(torch.export.load(pt2).module())
     with torch.no_grad():
-        torch.testing.assert_close(made(waves), network(waves), rtol=1e-3, atol=1e-4 * float(network(waves).norm()))
+        for found in (other(waves) for other in others):  # another batch than the example's
+            torch.testing.assert_close(found, network(waves), rtol=1e-3, atol=1e-4 * float(network(waves).norm()))
+
+
+def test_a_graph_that_is_not_for_every_length_is_no_pt2(tmp_path):
+    network = network_of(FAMILIES["vggvox"])
+    with pytest.raises(ExportError, match="not for every length; no file is written: export it as .onnx"):
+        export.write_pt2(onnx_file.graph(network), network, str(tmp_path / "a.pt2"), {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_family_is_left_out():

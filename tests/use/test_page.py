@@ -256,9 +256,10 @@ def test_no_page_without_its_packages(checkpoint, monkeypatch, capsys):
     assert "pip install 'spknet[page]'" in capsys.readouterr().err
 
 
-def test_a_port_beyond_the_last_is_refused(checkpoint, capsys):
+@pytest.mark.parametrize("port", ["65536", "-1", "http"])
+def test_what_is_no_port_is_refused(port, checkpoint, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["page", checkpoint, "--port", "65536"])
+        cli.main(["page", checkpoint, f"--port={port}"])
     assert "expected a port, 0 to 65535" in capsys.readouterr().err
 
 

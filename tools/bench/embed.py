@@ -2,6 +2,7 @@
 
 Speed: the same files as one list and one after the other, [network.embed(path) for path in files], in turns in one run; decoding
 is part of both. One after the other torch shares each product between the threads; in a list each thread embeds another file.
+The network alone, on noise of the files' mean length from memory, a wave a thread, is the most that a list could reach.
 Memory: the most that a fresh process has had (VmHWM) beyond what 30 s took, for an hour of made sound at 16 kHz. Without
 --checkpoint the network is the default one with its initial weights.
 """
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -75,18 +77,34 @@ def initial(folder: Path) -> str:
 
 def speed(network: spknet.Network, files: list[str], rounds: int, threads: int) -> Iterator[Row]:
     torch.set_num_threads(threads)
+    seconds = statistics.mean(soundfile.info(path).duration for path in files)
+    wave = torch.randn(1, round(seconds * network.sample_rate), generator=torch.Generator().manual_seed(0)) / 10
+
+    @torch.inference_mode()
+    def forward(_) -> None:
+        network.model(wave)
+
+    def network_alone() -> None:
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+            list(pool.map(forward, files))
+        torch.set_num_threads(threads)
+
     ways = {
         f"a list, {threads} threads": lambda: network.embed(files),
         f"one after the other, {threads} threads": lambda: [network.embed(path) for path in files],
+        f"the network alone on {seconds:.1f} s, {threads} threads": network_alone,
     }
     network.embed(files[:8])
-    seconds = {name: [] for name in ways}
+    took, of_cpu = {name: [] for name in ways}, {name: [] for name in ways}
     for _ in range(rounds):
         for name, work in ways.items():
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), time.process_time()
             work()
-            seconds[name].append(time.perf_counter() - begun)
-    yield from beside({name: len(files) / statistics.median(taken) for name, taken in seconds.items()}, "files/s")
+            took[name].append(time.perf_counter() - begun)
+            of_cpu[name].append(time.process_time() - used)
+    yield from beside({name: len(files) / statistics.median(each) for name, each in took.items()}, "files/s")
+    for name, each in of_cpu.items():
+        yield Row(f"{name}, CPU time", 1000 * statistics.median(each) / len(files), "ms a file")
 
 
 def memory(run: str, folder: Path) -> Iterator[Row]:
