@@ -78,8 +78,8 @@ def known_options(program: str, words: list[str]) -> frozenset[str]:
         return options_of(module, "x") | options_of("spknet.models.describe") | TRAIN
     if module == "spknet.use.embed":
         return options_of(module) | options_of(module, "--list")
-    if module == "launch.node":
-        return frozenset(words)  # those of the command that it starts
+    if module in ("launch.node", "spknet.parallel.nodelist"):  # they read their words themselves
+        return frozenset(words)
     if module == "launch.resubmit":
         return options_of("launch.submit")
     return options_of(module) | (TRAIN if module in ("tools.listen", "tools.noisy") else set())

@@ -1,34 +1,23 @@
 """What comments, docstrings and pages name exists: files, modules and their names, headings, commands and their options."""
 
-import argparse
 import ast
-import contextlib
 import importlib
 import io
 import re
 import tokenize
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from spknet import cli, config
+from spknet import config
+from tests.test_docs_commands import MODULES, TRAIN, known_options
 from tests.test_readme import PAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = "shards|spknet|launch|tools|tests"
 SOURCES = sorted(path for room in ROOMS.split("|") for path in (ROOT / room).rglob("*.py"))
-COMMANDS = {name: module for group in cli.COMMANDS.values() for name, (module, _) in group.items()}
-OWN = {"spknet.train.voxceleb_trainer_command", "tools.bench.__main__", "launch.resubmit", "spknet.use.info"}
-OWN |= {
-    "launch.batch",
-    "launch.node",
-    "launch.several",
-    "launch.task",
-    "spknet.parallel.nodelist",
-}  # no argparse, or several
 GROUPS = "|".join(config.groups())
-COMMAND = re.compile(rf"(?:\bspknet ({'|'.join(COMMANDS)})|python -m ((?:{ROOMS})[\w.]*))\b(?! and| or)(.*)")
+COMMAND = re.compile(rf"(?:\bspknet ({'|'.join(MODULES)})|python -m ((?:{ROOMS})[\w.]*))\b(?! and| or)(.*)")
 
 
 def said(path: Path) -> str:
@@ -61,27 +50,6 @@ def resolves(name: str) -> bool:
     return False
 
 
-@cache
-def options_of(module: str) -> set[str]:
-    """The option words of a command that uses argparse."""
-    seen: set[str] = set()
-
-    def leave(parser, *_):
-        seen.update(word for action in parser._actions for word in action.option_strings)
-        raise SystemExit(0)
-
-    found = importlib.import_module(module)
-    if hasattr(found, "main") and module not in OWN:
-        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
-            patch.setattr(argparse.ArgumentParser, "parse_known_args", leave)
-            found.main(["--help"])
-    return seen
-
-
-def logical_lines(text: str) -> list[str]:
-    return re.sub(r"\s*\\\n\s*", " ", text).splitlines()
-
-
 @pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_names_that_a_comment_or_page_mentions_exist(path):
     text = text_of(path)
@@ -93,20 +61,14 @@ def test_files_and_names_that_a_comment_or_page_mentions_exist(path):
     assert {name for name in names if not resolves(name) and not (path.parent / name).exists()} == set()
 
 
-@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda p: str(p.relative_to(ROOT)))
-def test_options_of_commands_that_a_comment_or_page_shows_exist(path):
-    known = {f"--{name}" for name in config.option_names()} | {"--config", "--print_config", "--help", "--run_dir"}
-    for line in logical_lines(text_of(path)):
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_options_of_commands_that_a_comment_shows_exist(path):
+    """Those of the pages: test_docs_commands."""
+    for line in re.sub(r"\s*\\\n\s*", " ", said(path)).splitlines():
         for command, module, rest in COMMAND.findall(line):
             rest = re.split(r" \| |#|`| -- ", re.sub(r"\"[^\"]*\"|'[^']*'", "", rest))[0]
             words = set(re.findall(r"(?<![\w-])(--[a-z](?:[\w.-]*\w)?)", rest))
-            module = COMMANDS.get(command, module)
-            if command == "embed" and "--list" in words:
-                module = "spknet.evaluate.embed"
-            if module in ("spknet.train", "spknet.train.__main__"):
-                assert words <= known or "--save_path" in words, f"{line}: {words - known}"  # voxceleb_trainer's words
-            elif options := options_of(module):
-                assert {w for w in words if not any(o.startswith(w) for o in options)} <= known, line
+            assert not words or words <= known_options(command or module, rest.split()) | TRAIN, line
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if "tests" not in p.parts], ids=lambda p: str(p.relative_to(ROOT)))
