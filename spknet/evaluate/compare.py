@@ -4,6 +4,7 @@ The same speakers are drawn for both systems of a pair in every replicate, so th
 and small differences show. A difference is called significant where its 95 % interval leaves out zero.
 
     spknet compare runs/a/eval/step-00001200 runs/b/eval/step-00001200 --out compared
+    spknet compare runs/seed0 runs/seed1 runs/seed2 --mean
 """
 
 from __future__ import annotations
@@ -108,8 +109,12 @@ def aligned(first: Trials, other: Trials) -> np.ndarray:
     return np.array(found)
 
 
-def compare(found: list, replicates: int, known: dict[str, str] | None = None) -> list[dict]:
-    """One row for each list and system: its figures, and those minus the first system's with paired intervals."""
+def compare(found: list, replicates: int, known: dict[str, str] | None = None, mean: bool = False) -> list[dict]:
+    """One row for each list and system: its figures, and those minus the first system's with paired intervals.
+
+    mean: a last row of each list has the mean of all systems' figures. Its interval is over the speakers alone: another seed
+    would change the mean, too, as the systems' own figures show.
+    """
     rows = []
     base_name, base = found[0]
     for name, (base_scores, trials) in base.items():
@@ -125,6 +130,7 @@ def compare(found: list, replicates: int, known: dict[str, str] | None = None) -
         rows.append(
             {"list": name, "system": base_name, "figures": base_figures, "interval": bootstrap.intervals(drawn)}
         )
+        all_drawn = [drawn]
         for system, lists in found[1:]:
             if name not in lists:
                 raise TrialError(f"{system} has no list {name}; the others have: compare reports of equal lists")
@@ -134,6 +140,12 @@ def compare(found: list, replicates: int, known: dict[str, str] | None = None) -
             row = {"list": name, "system": system, "figures": figures, "interval": bootstrap.intervals(own)}
             row["difference"] = {key: figures[key] - base_figures[key] for key in figures}
             rows.append(row | {"difference_interval": bootstrap.intervals(own - drawn)})
+            all_drawn.append(own)
+        if mean:
+            of_each = [row["figures"] for row in rows[-len(found) :]]
+            figures = {key: float(np.mean([one[key] for one in of_each])) for key in base_figures}
+            interval = bootstrap.intervals(np.mean(all_drawn, axis=0))
+            rows.append({"list": name, "system": f"mean of {len(found)}", "figures": figures, "interval": interval})
     return rows
 
 
@@ -170,12 +182,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add("--out", help="folder for compare.json and a DET picture of each list")
     parser.add("--every_system", action="store_true", help="all systems of each report, not only its last")
     parser.add("--bootstrap", type=at_least(1), default=bootstrap.REPLICATES, help="replicates of the intervals")
+    parser.add("--mean", action="store_true", help="a row more: the mean of all, as of one recipe with several seeds")
     parser.add("--utt2spk", help="list `utterance speaker`, where names do not begin with the speaker")
     chosen = parser.parse_args(argv)
     found = systems(chosen.reports, chosen.every_system)
     if chosen.out:
         check_writable(chosen.out)
-    rows = compare(found, chosen.bootstrap, read_speakers(chosen.utt2spk) if chosen.utt2spk else None)
+    known = read_speakers(chosen.utt2spk) if chosen.utt2spk else None
+    rows = compare(found, chosen.bootstrap, known, chosen.mean)
     print(report.text_table(table(rows)))
     print("* the 95 % interval of the difference to the first system leaves out zero")
     if chosen.out:

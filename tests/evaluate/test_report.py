@@ -198,3 +198,20 @@ def test_speaker_map_of_many_and_of_few_utterances(utterances, speakers):
     rows = np.random.default_rng(0).standard_normal((utterances, 8))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     assert min(size(pictures.speaker_map(rows, [f"id{i % speakers}" for i in range(utterances)]))) > 300
+
+
+def test_the_mean_of_several_seeds_has_the_mean_of_their_figures_and_an_interval_of_their_paired_replicates(tmp_path):
+    trials = make_list(tmp_path)
+    seeds = {name: draw(trials, 1.5, seed) for seed, name in enumerate("abc")}
+    for name, scores in seeds.items():
+        make_report(tmp_path / name, trials, scores)
+    *rows, mean = compare.compare(compare.systems([tmp_path / name for name in seeds], every=False), 100, mean=True)
+    assert mean["system"] == "mean of 3" and "difference" not in mean
+    assert mean["figures"]["eer"] == pytest.approx(sum(row["figures"]["eer"] for row in rows) / 3)
+    low, high = mean["interval"]["eer"]
+    assert low < mean["figures"]["eer"] < high
+    # The three differ by chance of their own, which a mean takes away; the drawn speakers, which it does not, are few.
+    assert high - low < max(np.diff(row["interval"]["eer"])[0] for row in rows)
+    # Of a system and itself the mean is that system.
+    one, _, same = compare.compare(compare.systems([tmp_path / "a"] * 2, every=False), 100, mean=True)
+    assert same["figures"] == one["figures"] and same["interval"] == one["interval"]
