@@ -1,12 +1,15 @@
 """Fixtures: a small corpus of harmonic voices, packed once; the real recordings beside the repository where they are."""
 
+import ctypes
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from launch.processes import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG
 from shards.pack import pack
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -18,6 +21,16 @@ def needed(path: Path) -> Path:
     if not path.exists():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{path} is not there, beside the repository")
     return path
+
+
+@pytest.fixture(autouse=True)
+def this_process_stays_itself():
+    """A job's code makes its process handle TERM, adopt orphans and end with its parent; the tests behind it would, too."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    for kind in (PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG):
+        ctypes.CDLL(None).prctl(kind, 0)
 
 
 @pytest.fixture(scope="session")

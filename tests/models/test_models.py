@@ -11,6 +11,7 @@ import torch
 from spknet import rng
 from spknet.checkpoints import voxceleb_trainer as legacy_state
 from spknet.config import ConfigError, FeaturesConfig, ModelConfig
+from spknet.errors import run
 from spknet.losses import LOSSES, build_loss
 from spknet.models import MODELS, build_model
 from spknet.models import describe as info
@@ -289,7 +290,7 @@ def test_info_prints_parameters_and_multiply_adds(capsys):
     assert "1,437,078" in line
     # The stem alone: 40/2 bands x 201 frames x 16 channels x 49 weights = 0.0032 * 10^9; the whole network about 0.45.
     assert 0.3 < float(line.split()[-1]) < 0.6
-    assert info.main(["--model.name", "none"]) == 2
+    assert run(info.main, ["--model.name", "none"]) == 2
     assert "no such network" in capsys.readouterr().err
 
 
