@@ -308,10 +308,11 @@ def test_sweep_of_twelve_with_every_kind_of_end(checkout, monkeypatch):
     assert "12 done" in shell(checkout, documented("spknet status runs/my_sweep"))
     table = shell(checkout, documented("spknet results runs/my_sweep"))
     assert len([line for line in table.splitlines() if "| 3 |" in line]) == 4  # settings, three seeds each
-    eers = [json.loads(line)["eval"]["eer"] for s in range(3)
-            for line in (folder / f"loss=softmax,M=1,lr=0.0003,seed={s}" / "metrics.jsonl").read_text().splitlines()
-            if "eval" in line]  # fmt: skip
-    assert f"| softmax | 1 | 0.0003 | 3 | {sum(eers) / 3:.4g} |" in table
+    for setting in {name.rsplit(",seed=", 1)[0] for name in states}:
+        logs = [(folder / f"{setting},seed={s}" / "metrics.jsonl").read_text() for s in range(3)]
+        eers = [json.loads(line)["eval"]["eer"] for log in logs for line in log.splitlines() if "eval" in line]
+        loss, utterances, rate = (part.split("=")[1] for part in setting.split(","))
+        assert f"| {loss} | {utterances} | {rate} | 3 | {sum(eers) / 3:.4g} |" in table
 
 
 @pytest.mark.slow
